@@ -1,0 +1,1 @@
+"""What an experiment needs: profiles, training, records, statistics, tables."""
