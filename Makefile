@@ -1,0 +1,60 @@
+# Everything a maintainer does, one target each. `make help` lists them.
+# A target sets up .venv from requirements.lock by itself; where nothing changed, that costs nothing.
+
+PYTHON ?= python3
+JOBS ?= 2
+# Which chapters and tests `make test` runs; e.g. make test PYTEST_ARGS="-k packaging".
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.usf-setup
+CHAPTERS := $(wildcard book/*.md)
+NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup book notebooks lint test lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create or update .venv
+
+# uv comes from the lock as well, with its hash: pip installs it, and uv installs the rest.
+$(BIN)/uv: | requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=<path> ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@awk '/^uv==/ {found = 1} found {print} found && !/\\$$/ {exit}' requirements.lock > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.txt
+
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
+	VIRTUAL_ENV=.venv $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+book: $(STAMP) ## build the HTML book (executes what changed)
+	@USF_PROFILE=book $(BIN)/jupyter-book build -W -n --keep-going . \
+	  || { rm -rf _build/html _build/.doctrees; echo "The book was not built: see the errors above." >&2; exit 1; }
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb from the chapters
+
+build/notebooks/%.ipynb: book/%.md $(STAMP)
+	@mkdir -p $(@D)
+	@$(BIN)/jupytext --quiet --to notebook --output $@ $<
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint notebooks ## everything that checks the project, the chapters in profile smoke
+	OMP_NUM_THREADS=1 USF_PROFILE=smoke $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  --doctest-modules --nbmake --nbmake-timeout=600 src/usf tests $(NOTEBOOKS) $(PYTEST_ARGS)
+
+lock: $(STAMP) ## resolve requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
+	  --all-extras pyproject.toml -o requirements.lock
+
+clean: ## remove what was generated (not .venv)
+	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,211 @@
+"""What this book asks of Sphinx beyond its configuration.
+
+1. The pages need no network: MathJax is copied into the book from the ``sphinx-mathjax-offline`` package.
+2. Executed chapters are never stale. Jupyter Book's cache knows the code in a chapter, but not the library behind it.
+   Here each chapter gets a fingerprint of everything else its output depends on, and the fingerprint becomes part of
+   the chapter's key in that cache.
+3. Chapters that must be executed run side by side, one per core, before Sphinx reads them one after the other.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jupyter_cache import get_cache
+from jupyter_cache.base import CacheBundleIn
+from jupyter_cache.executors.utils import single_nb_execution
+from myst_nb.core.read import create_nb_reader
+from sphinx.application import Sphinx
+
+MATHJAX = ("tex-chtml.js", "a11y", "sre", "input/tex", "output/chtml")
+"""The parts of MathJax that a page can load; the package's other parts are alternatives to these."""
+
+_CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_KERNELSPEC = re.compile(r"^kernelspec:[^\n]*\n", re.MULTILINE)
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Put MathJax where the pages look for it, if it is not there yet."""
+    target = Path(app.outdir, "_static", "mathjax")
+    if error is not None or app.builder.format != "html" or (target / MATHJAX[0]).exists():
+        return
+    spec = find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("sphinx-mathjax-offline is not installed: run `make setup`")
+    source = Path(spec.origin).parent / "static" / "mathjax"
+    for part in reversed(MATHJAX):  # the entry point last, so that its presence means that all is there
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source / part, target / part)
+
+
+class Fingerprints:
+    """Digest of what a chapter's output depends on besides its own text.
+
+    That is: the lock file, ``data/``, the modules of ``src/usf`` that the chapter imports (and those they import), the
+    profile, and which optional material lies in the shared folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.src = root / "src"
+        self._digests: dict[Path, str] = {}
+        self._imports: dict[Path, frozenset[str]] = {}
+        everywhere = [root / "requirements.lock", *sorted(p for p in (root / "data").rglob("*") if p.is_file())]
+        self.common = [f"{path.relative_to(root)} {self._digest(path)}" for path in everywhere if path.exists()]
+        self.common += [f"{name}={os.environ.get(name, '')}" for name in ("USF_PROFILE", "USF_SHARED")]
+        shared = Path(os.environ.get("USF_SHARED") or root.parent / "shared")
+        for folder in ("images", "weights"):
+            files = sorted(p for p in (shared / folder).rglob("*") if p.is_file())
+            self.common += [f"{p.relative_to(shared)} {p.stat().st_size}" for p in files]
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._digests[path]
+
+    def _files(self, module: str) -> list[Path]:
+        """The files that run when ``module`` is imported: its own and its parents' ``__init__``."""
+        parts = module.split(".")
+        found = []
+        for end in range(1, len(parts) + 1):
+            path = self.src.joinpath(*parts[:end])
+            found += [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
+        return found
+
+    @staticmethod
+    def _modules(code: str, package: str = "") -> frozenset[str]:
+        """Names of this package's modules that Python code imports (or may import: ``from a import b``)."""
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+                base = ".".join(filter(None, (base, node.module or "")))
+                names.add(base)
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+        return frozenset(name for name in names if name.split(".")[0] == "usf")
+
+    def _module_imports(self, path: Path) -> frozenset[str]:
+        if path not in self._imports:
+            package = ".".join(path.relative_to(self.src).parts[:-1])
+            self._imports[path] = self._modules(path.read_text("utf8"), package)
+        return self._imports[path]
+
+    def sources(self, chapter: str) -> list[Path]:
+        """The files under ``src/`` that a chapter's code runs, found without running it."""
+        cells = "\n".join(cell for cell in _CELL.findall(chapter))
+        code = "\n".join(line for line in cells.splitlines() if not re.match(r"\s*[:%!?]|---", line))
+        try:
+            todo = set(self._modules(code))
+        except SyntaxError:  # the execution will say so; until then depend on everything
+            return sorted(self.src.rglob("*.py"))
+        done: set[str] = set()
+        files: set[Path] = set()
+        while todo - done:
+            module = (todo - done).pop()
+            done.add(module)
+            for path in self._files(module):
+                files.add(path)
+                todo |= self._module_imports(path)
+        return sorted(files)
+
+    def of(self, chapter: str) -> str:
+        """The fingerprint of a chapter, given its text."""
+        lines = [f"{path.relative_to(self.src)} {self._digest(path)}" for path in self.sources(chapter)]
+        return hashlib.sha256("\n".join(self.common + lines).encode()).hexdigest()[:16]
+
+
+def outdated(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Have Sphinx read again every chapter whose fingerprint is no longer the one it was read with."""
+    fingerprints = Fingerprints(Path(app.srcdir))
+    env.usf_fingerprints_before = getattr(env, "usf_fingerprints", {})
+    env.usf_fingerprints = {
+        name: fingerprints.of(Path(env.doc2path(name)).read_text("utf8")) for name in env.found_docs
+    }
+    return [name for name, value in env.usf_fingerprints.items() if env.usf_fingerprints_before.get(name) != value]
+
+
+def sign(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Write the fingerprint into the kernel's metadata, which Jupyter Book's cache takes into its key."""
+    source[0] = _signed(source[0], app.env.usf_fingerprints[docname])  # type: ignore[attr-defined]
+
+
+def _signed(text: str, fingerprint: str) -> str:
+    return _KERNELSPEC.sub(lambda match: f"{match[0]}  fingerprint: {fingerprint}\n", text, count=1)
+
+
+def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
+    """Fill the cache with the chapters that are about to be read, executing one per core.
+
+    A chapter that fails is left out of the cache: Sphinx then meets the error itself and reports it.
+    """
+    config = env.mystnb_config
+    if config.execution_mode != "cache":
+        return
+    cache = get_cache(config.execution_cache_path)
+    todo = []
+    for name in docnames:
+        path = Path(env.doc2path(name))
+        text = _signed(path.read_text("utf8"), env.usf_fingerprints[name])
+        reader = create_nb_reader(str(path), env.myst_config, config, text)
+        if reader is None:
+            continue
+        notebook = reader.read(text)
+        try:
+            cache.match_cache_notebook(notebook)
+        except KeyError:
+            todo.append((name, path, reader, notebook))
+    jobs = min(len(todo), int(os.environ.get("USF_JOBS") or os.cpu_count() or 1))
+    if jobs < 2:
+        return
+
+    def run(item: tuple[str, Path, Any, Any]) -> Any:
+        name, _, _, notebook = item
+        print(f"executing {name} ...", flush=True)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = single_nb_execution(notebook, cwd=folder, timeout=config.execution_timeout, allow_errors=False)
+        outcome = "failed" if result.err else "done"
+        print(f"executing {name} ... {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
+        return result
+
+    # One thread for each chapter: as many chapters as cores leave nothing to share.
+    previous = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = previous or str(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            results = list(pool.map(run, todo))
+    finally:
+        if previous is None:
+            del os.environ["OMP_NUM_THREADS"]
+    for (_, path, reader, notebook), result in zip(todo, results, strict=True):
+        if result.err is None:
+            record = cache.add_nb_to_project(str(path), read_data=reader.read_fmt)
+            bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
+            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Entry point for Sphinx."""
+    os.environ.setdefault("USF_PROFILE", "book")
+    os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no result
+    app.config.mathjax_path = "mathjax/tex-chtml.js"  # type: ignore[attr-defined]
+    app.connect("env-get-outdated", outdated)
+    app.connect("env-before-read-docs", execute, priority=900)
+    app.connect("source-read", sign)
+    app.connect("build-finished", copy_mathjax)
+    return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
+
