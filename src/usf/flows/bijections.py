@@ -374,6 +374,7 @@ class LULinear(_ChannelLinear):
         diagonal: ``"learned"``, or ``"fixed"`` to hold :math:`|u_i| = 1`, which makes the map volume-preserving.
         signs: signs of the u_i, shape (channels,), entries +1 or -1; all +1 by default. A buffer: gradient descent cannot change
             a sign, for that would pass through a singular matrix.
+        bias: learn b; otherwise it stays zero.
 
     Attributes:
         weight: (c, c); strictly lower part L, strictly upper part U, diagonal :math:`\lambda` (unused where fixed).
@@ -394,7 +395,12 @@ class LULinear(_ChannelLinear):
     signs: Tensor
 
     def __init__(
-        self, shape: int | Sequence[int], *, diagonal: Diagonal = "learned", signs: Tensor | None = None
+        self,
+        shape: int | Sequence[int],
+        *,
+        diagonal: Diagonal = "learned",
+        signs: Tensor | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__(shape)
         if diagonal not in ("learned", "fixed"):
@@ -407,7 +413,7 @@ class LULinear(_ChannelLinear):
             )
         self.diagonal: Diagonal = diagonal
         self.weight = nn.Parameter(torch.zeros(channels, channels), requires_grad=diagonal == "learned" or channels > 1)
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=bias)
         self.register_buffer("signs", signs)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def check(
     *,
     samples: int = 4,
     seed: int = 0,
-    perturb: float = 0.1,
+    perturb: float = 0.3,
     round_trip: float = 1e-9,
     log_abs_det: float = 1e-8,
 ) -> CheckReport:
@@ -58,7 +59,8 @@ def check(
         bijection: anything with ``forward(x) -> (y, ladj)`` and ``inverse(y) -> (x, ladj)``.
         shape: event shape; the bijection's own by default.
         samples: number of standard normal inputs.
-        perturb: standard deviation of the noise added to every parameter; 0 to check the layer as it is.
+        perturb: standard deviation of the noise added to every vector of parameters, divided by the square root of the width
+            for matrices and kernels; 0 to check the layer as it is.
         round_trip: largest error allowed.
         log_abs_det: largest error allowed, in nats.
 
@@ -75,7 +77,9 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter += perturb * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            # Scaled by the width, so that large random matrices stay as well conditioned as trained ones.
+            scale = perturb / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 and parameter.numel() else perturb
+            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     x = torch.randn(samples, *event, generator=generator, dtype=torch.float64)
 
     y, forward_ladj = layer(x)

@@ -347,8 +347,9 @@ class _Architecture(Flow):
         parts: list[Bijection] = []
         for index in range(blocks):
             chosen = mask or _default_mask(shape, index)
-            inner = coupling(shape, mask=chosen, flip=_flip(shape, mask, index), hidden=hidden, conditioner=conditioner)
-            parts.append(Sandwich(LULinear(shape, diagonal=diagonal), inner))
+            inner = coupling(shape, mask=chosen, flip=index % 2 == 1, hidden=hidden, conditioner=conditioner)
+            # Conjugating the shift of a single component by a translation changes nothing: no bias to learn there.
+            parts.append(Sandwich(LULinear(shape, diagonal=diagonal, bias=math.prod(shape) > 1), inner))
         # The last map always learns its diagonal: it alone gives the flow its determinant.
         parts.append(LULinear(shape))
         super().__init__(Chain(parts), base)
@@ -372,10 +373,6 @@ def _default_mask(shape: tuple[int, ...], index: int) -> MaskName:
     if math.prod(shape[1:]) == 1:
         return "channel"
     return "channel" if index // 2 % 2 == 0 else "checkerboard"
-
-
-def _flip(shape: tuple[int, ...], mask: MaskName | None, index: int) -> bool:
-    return index % 2 == 1
 
 
 class USFlow(_Architecture):
