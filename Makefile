@@ -33,13 +33,13 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
 	@touch $@
 
 book: $(STAMP) ## build the HTML book (executes what changed)
-	@USF_PROFILE=book $(BIN)/jupyter-book build -W -n --keep-going . \
+	@USF_PROFILE=book $(BIN)/jupyter-book build -q -W -n --keep-going . \
 	  || { rm -rf _build/html _build/.doctrees; echo "The book was not built: see the errors above." >&2; exit 1; }
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
 notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb from the chapters
 
-build/notebooks/%.ipynb: book/%.md $(STAMP)
+build/notebooks/%.ipynb: book/%.md | $(STAMP)
 	@mkdir -p $(@D)
 	@$(BIN)/jupytext --quiet --to notebook --output $@ $<
 

@@ -168,23 +168,30 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
             cache.match_cache_notebook(notebook)
         except KeyError:
             todo.append((name, path, reader, notebook))
-    jobs = min(len(todo), int(os.environ.get("USF_JOBS") or os.cpu_count() or 1))
-    if jobs < 2:
+    if not todo:
         return
+    cores = os.cpu_count() or 1
+    jobs = min(len(todo), cores)
 
     def run(item: tuple[str, Path, Any, Any]) -> Any:
         name, _, _, notebook = item
         print(f"executing {name} ...", flush=True)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            result = single_nb_execution(notebook, cwd=folder, timeout=config.execution_timeout, allow_errors=False)
+            result = single_nb_execution(
+                notebook,
+                cwd=folder,
+                timeout=config.execution_timeout,
+                allow_errors=False,
+                extra_arguments=["--log-level=ERROR"],
+            )
         outcome = "failed" if result.err else "done"
         print(f"executing {name} ... {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
         return result
 
-    # One thread for each chapter: as many chapters as cores leave nothing to share.
+    # The cores are shared out among the chapters: threads that compete would make all of them slower.
     previous = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = previous or str(max(1, (os.cpu_count() or 1) // jobs))
+    os.environ["OMP_NUM_THREADS"] = previous or str(cores // jobs)
     try:
         with ThreadPoolExecutor(jobs) as pool:
             results = list(pool.map(run, todo))
@@ -202,10 +209,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Entry point for Sphinx."""
     os.environ.setdefault("USF_PROFILE", "book")
     os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no result
-    app.config.mathjax_path = "mathjax/tex-chtml.js"  # type: ignore[attr-defined]
+    app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("env-get-outdated", outdated)
     app.connect("env-before-read-docs", execute, priority=900)
     app.connect("source-read", sign)
     app.connect("build-finished", copy_mathjax)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
-
