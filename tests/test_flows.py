@@ -180,7 +180,9 @@ def test_gradients_reach_every_parameter_through_the_likelihood() -> None:
         flow = randomized(make((6,), 3))
         (-flow.log_prob(torch.randn(32, 6)).mean()).backward()
         for parameter_name, p in flow.named_parameters():
-            assert p.grad is not None and torch.isfinite(p.grad).all() and (p.grad != 0).any(), (name, parameter_name)
+            assert p.grad is not None, (name, parameter_name)
+            assert torch.isfinite(p.grad).all(), (name, parameter_name)
+            assert (p.grad != 0).any(), (name, parameter_name)
 
 
 def test_the_architectures_differ_in_coupling_and_last_layer_alone() -> None:
@@ -218,7 +220,9 @@ def test_clamp_bounds_the_log_scale() -> None:
 def test_lu_is_the_matrix_it_claims() -> None:
     layer = randomized(LULinear((5,), signs=torch.tensor([1.0, -1, 1, -1, 1])).double())
     lower, upper = layer.factors()
-    assert torch.equal(lower, lower.tril()) and torch.equal(upper, upper.triu()) and (lower.diagonal() == 1).all()
+    assert torch.equal(lower, lower.tril())
+    assert torch.equal(upper, upper.triu())
+    assert (lower.diagonal() == 1).all()
     assert upper.diagonal().sign().tolist() == [1, -1, 1, -1, 1]
     x = torch.randn(7, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x)[0], x @ layer.matrix().T + layer.bias)
@@ -255,20 +259,23 @@ def test_sandwich_of_additive_equals_the_generic_composition() -> None:
 # --- masks, settings, input -------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(SHAPES + [(7,), (5, 4), (3, 2, 7)]), st.booleans())
+@given(st.sampled_from([*SHAPES, (7,), (5, 4), (3, 2, 7)]), st.booleans())
 def test_masks(shape: tuple[int, ...], flip: bool) -> None:
     for make in (channel_mask, alternating_mask, checkerboard_mask):
         mask = make(shape, flip)
-        assert mask.shape == shape and mask.dtype == torch.bool
+        assert mask.shape == shape
+        assert mask.dtype == torch.bool
         assert torch.equal(mask, ~make(shape, not flip))
     grid = checkerboard_mask((2, 3, 4))
-    assert (grid[:, 1:] != grid[:, :-1]).all() and (grid[:, :, 1:] != grid[:, :, :-1]).all()
+    assert (grid[:, 1:] != grid[:, :-1]).all()
+    assert (grid[:, :, 1:] != grid[:, :, :-1]).all()
 
 
 def test_masks_are_buffers_and_survive_double() -> None:
     flow = USFlow((2, 4, 4), 2).double()
     masks = [name for name, _ in flow.named_buffers() if name.endswith("mask")]
-    assert len(masks) == 2 and all(name in flow.state_dict() for name in masks)
+    assert len(masks) == 2
+    assert all(name in flow.state_dict() for name in masks)
     assert flow.log_prob(torch.zeros(1, 2, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
@@ -331,7 +338,8 @@ def test_gaussian_base_against_torch() -> None:
     torch.testing.assert_close(base.distance(z), (z - center).norm(dim=-1))
     torch.manual_seed(0)
     samples = base.sample((20_000,))
-    assert (samples.mean(0) - center).abs().max() < 0.03 and (samples.var(0) - 0.5).abs().max() < 0.03
+    assert (samples.mean(0) - center).abs().max() < 0.03
+    assert (samples.var(0) - 0.5).abs().max() < 0.03
 
 
 @given(st.floats(-2, 2), st.floats(0.1, 2))
@@ -349,7 +357,8 @@ def test_bilognormal_density(loc: float, scale: float) -> None:
 
 def test_bilognormal_is_a_distribution() -> None:
     law = BiLogNormal(torch.zeros(2), 0.5)
-    assert law.batch_shape == (2,) and law.expand((3, 2)).sample((4,)).shape == (4, 3, 2)
+    assert law.batch_shape == (2,)
+    assert law.expand((3, 2)).sample((4,)).shape == (4, 3, 2)
     assert law.log_prob(torch.zeros(2)).tolist() == [-math.inf] * 2
     torch.manual_seed(0)
     samples = BiLogNormal(0.3, 0.5).sample((20_000,))
@@ -362,7 +371,7 @@ def test_bilognormal_is_a_distribution() -> None:
 
 @pytest.mark.parametrize("shape", [(8,), (8, 4, 4), (3, 5)], ids=str)
 def test_prior_gives_the_determinant_the_stated_spread(shape: tuple[int, ...]) -> None:
-    """sigma/(hw sqrt(c)) per diagonal entry makes ln|det| N(0, sigma^2); the printed sigma/(chw) would shrink it by sqrt(c)."""
+    """sigma/(hw sqrt(c)) per diagonal entry makes ln|det| N(0, sigma^2); sigma/(chw) does not."""
     channels, positions, sigma = shape[0], math.prod(shape[1:]), 1.0
     torch.manual_seed(0)
     u = BiLogNormal(0.0, sigma / (positions * math.sqrt(channels))).sample((40_000, channels))
@@ -426,7 +435,8 @@ def test_save_and_load(tmp_path, name: str, dtype: torch.dtype) -> None:
     loaded = Flow.load(tmp_path / "flow.safetensors")
     assert type(loaded) is type(flow)
     x = torch.randn(3, 2, 3, 3, dtype=dtype)
-    assert torch.equal(loaded.log_prob(x), flow.log_prob(x)) and torch.equal(loaded.score(x), flow.score(x))
+    assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
+    assert torch.equal(loaded.score(x), flow.score(x))
     assert [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]
 
 
@@ -466,7 +476,8 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("usf.flows.flow.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         USFlow((2,), 2).save(path)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_deepcopy_and_state_dict() -> None:
@@ -568,4 +579,5 @@ def test_check_finds_each_flaw(flaw: str, message: str) -> None:
 def test_check_passes_a_sound_layer_and_leaves_it_alone() -> None:
     layer = _Broken("none")
     assert check(layer, (3,)).spread == 0.0
-    assert layer.gain.item() == 0.0 and layer.gain.dtype == torch.float32
+    assert layer.gain.item() == 0.0
+    assert layer.gain.dtype == torch.float32

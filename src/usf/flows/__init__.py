@@ -1,7 +1,7 @@
 """Normalizing flows with and without a constant Jacobian determinant.
 
-Bijections with value and log-determinant in one call, base distributions, and the paper's two architectures, :class:`USFlow` and
-:class:`NonUSFlow`, which differ in the coupling alone.
+Bijections with value and log-determinant in one call, base distributions, and the paper's two architectures,
+:class:`USFlow` and :class:`NonUSFlow`, which differ in the coupling alone.
 """
 
 from usf.flows.bases import Base, BiLogNormal, GaussianBase

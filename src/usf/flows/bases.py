@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch.distributions.utils import broadcast_all
 class Base(nn.Module):
     """The distribution a flow maps the data to, on events of ``shape``.
 
-    A subclass writes ``log_prob``, ``rsample`` and ``distance``, and ``settings`` (JSON-able constructor arguments besides
-    ``shape``) if flows with it are to be saved.
+    A subclass writes ``log_prob``, ``rsample`` and ``distance``, and ``settings`` (JSON-able constructor arguments
+    besides ``shape``) if flows with it are to be saved.
     """
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Base(nn.Module):
         raise NotImplementedError
 
     def distance(self, z: Tensor) -> Tensor:
-        """Distance of ``z`` (..., *shape) to the centre; batch shape. The anomaly score where density falls with distance."""
+        """Distance of ``z`` (..., *shape) to the centre, batch shape."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -43,7 +43,10 @@ class Base(nn.Module):
         return self.rsample(sample_shape)
 
     def score(self, z: Tensor) -> Tensor:
-        """Anomaly score of latent points, batch shape, higher is more anomalous: the distance, unless a base knows better."""
+        """Anomaly score of latent points (..., *shape), batch shape, higher is more anomalous.
+
+        The distance; a base whose density does not fall with the distance overrides it.
+        """
         return self.distance(z)
 
     def settings(self) -> dict[str, Any]:
@@ -58,8 +61,8 @@ class Base(nn.Module):
 class GaussianBase(Base):
     r"""Isotropic normal N(c, v I).
 
-    The paper's equation 5 uses v = 1/2, for which :math:`-\ln p_B(z) = \|z - c\|^2 + \frac{d}{2}\ln\pi`: the Deep SVDD distance
-    itself. The variance is one number because a full covariance is already in the flow's last affine map.
+    The paper's equation 5 uses v = 1/2, for which :math:`-\ln p_B(z) = \|z - c\|^2 + \frac{d}{2}\ln\pi`: the Deep SVDD
+    distance itself. The variance is one number because a full covariance is already in the flow's last affine map.
 
     Args:
         shape: event shape.
@@ -114,7 +117,8 @@ class GaussianBase(Base):
 class BiLogNormal(Distribution):
     r"""Bilateral log-normal on the real line without 0 (paper, definition 1).
 
-    :math:`p(x) = \frac12 \mathrm{LogNormal}(|x|; \mu, \sigma^2)`, so :math:`\ln|X| \sim N(\mu, \sigma^2)` and the sign is fair.
+    :math:`p(x) = \frac12 \mathrm{LogNormal}(|x|; \mu, \sigma^2)`, so :math:`\ln|X| \sim N(\mu, \sigma^2)` and the sign
+    is fair.
 
     Args:
         loc: mu, mean of ln|X|.
@@ -124,7 +128,10 @@ class BiLogNormal(Distribution):
     0.1995
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     has_rsample = True
 
     def __init__(self, loc: float | Tensor, scale: float | Tensor, validate_args: bool | None = None) -> None:
@@ -153,7 +160,7 @@ class BiLogNormal(Distribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Samples of shape (*sample_shape, *batch_shape); the magnitude is reparameterised, the sign is drawn."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)

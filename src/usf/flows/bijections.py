@@ -1,7 +1,7 @@
 """Bijections with their log-determinants: couplings, LU-parameterised linear maps, and how they are put together.
 
-Every bijection acts on events of a fixed number of axes, ``shape`` = (channels, *spatial), behind any number of batch axes,
-and has two methods to write:
+Every bijection acts on events of a fixed number of axes, ``shape`` = (channels, *spatial), behind any number of batch
+axes, and has two methods to write:
 
 - ``forward(x)  -> (y, ln|det dy/dx|)``
 - ``inverse(y)  -> (x, ln|det dx/dy|)``
@@ -78,8 +78,8 @@ class Bijection(nn.Module):
 def channel_mask(shape: int | Sequence[int], flip: bool = False) -> Tensor:
     """Keep the first half of the channels (the second with ``flip``); a vector's components are its channels.
 
-    Returns a boolean tensor of shape ``shape``, true where a coupling leaves its input alone. Halves of 2k + 1 channels keep k
-    (k + 1 with ``flip``).
+    Returns a boolean tensor of shape ``shape``, true where a coupling leaves its input alone. Halves of 2k + 1
+    channels keep k (k + 1 with ``flip``).
 
     >>> channel_mask((4,)).tolist()
     [True, True, False, False]
@@ -101,9 +101,9 @@ def alternating_mask(shape: int | Sequence[int], flip: bool = False) -> Tensor:
 
 
 def checkerboard_mask(shape: int | Sequence[int], flip: bool = False) -> Tensor:
-    """Keep every other position of the spatial grid, in all channels (Dinh et al. 2017, section 3.4). Boolean, of shape ``shape``.
+    """Keep every other position of the spatial grid, in all channels (Dinh et al. 2017, section 3.4).
 
-    For a vector the components are the positions.
+    Boolean, of shape ``shape``. For a vector the components are the positions.
 
     >>> checkerboard_mask((1, 2, 3)).tolist()
     [[[False, True, False], [True, False, True]]]
@@ -147,8 +147,8 @@ def _make_mask(shape: tuple[int, ...], mask: MaskName | Tensor, flip: bool) -> T
 class _Coupling(Bijection):
     """Shared by the three couplings: split by a mask, condition on what is kept, transform the rest.
 
-    A mask that keeps a contiguous half of the channels is applied by slicing, so the conditioner sees only the kept channels
-    and returns only what is moved; any other mask is applied by multiplication, as in the paper's formula.
+    A mask that keeps a contiguous half of the channels is applied by slicing, so the conditioner sees only the kept
+    channels and returns only what is moved; any other mask is applied by multiplication, as in the paper's formula.
     """
 
     _outputs: int
@@ -180,7 +180,7 @@ class _Coupling(Bijection):
         self.conditioner = build(inside, self._outputs * outside, rank)
 
     def _parameters_of(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The conditioner's outputs at ``x``, each shaped like what is moved (sliced) or like ``x`` and zero where kept."""
+        """The conditioner's outputs at ``x``: shaped like what is moved (sliced), or like ``x`` and zero where kept."""
         axis = -len(self.shape)
         if self._sliced:
             start = 0 if self._kept_first else self.shape[0] - self._kept_channels
@@ -213,7 +213,8 @@ class AdditiveCoupling(_Coupling):
 
     Args:
         shape: event shape (channels, *spatial).
-        mask: ``"channel"``, ``"alternating"``, ``"checkerboard"`` or a boolean tensor of ``shape``, true where the input is kept.
+        mask: ``"channel"``, ``"alternating"``, ``"checkerboard"`` or a boolean tensor of ``shape``, true where the
+            input is kept.
         flip: exchange kept and moved.
         hidden: widths of the default conditioner.
         conditioner: builds another one, from (in_channels, out_channels, spatial axes).
@@ -246,7 +247,8 @@ class AdditiveCoupling(_Coupling):
 class AffineCoupling(_Coupling):
     r"""Affine coupling with a bounded log-scale; not uniformly scaling (Dinh et al. 2017; paper, section 2).
 
-    .. math:: y = x \odot e^{s} + t, \quad s = (1 - m) \odot \kappa \tanh g(m \odot x), \quad t = (1 - m) \odot f(m \odot x),
+    .. math:: y = x \odot e^{s} + t, \quad s = (1 - m) \odot \kappa \tanh g(m \odot x), \quad
+              t = (1 - m) \odot f(m \odot x),
               \qquad \ln|\det J| = \textstyle\sum_i s_i .
 
     Args:
@@ -297,9 +299,9 @@ class GinCoupling(AffineCoupling):
 
     .. math:: s_i \leftarrow s_i - \frac{1}{|\{m = 0\}|} \sum_{j : m_j = 0} s_j, \qquad \ln|\det J| = 0.
 
-    Uniformly scaling like the additive coupling, and strictly more expressive: it contains it. With a single moved component
-    the two coincide. The paper does not consider it. Arguments and errors as in :class:`AffineCoupling`; after centring, |s| is
-    bounded by 2 ``clamp``.
+    Uniformly scaling like the additive coupling, and strictly more expressive: it contains it. With a single moved
+    component the two coincide. The paper does not consider it. Arguments and errors as in :class:`AffineCoupling`;
+    after centring, |s| is bounded by 2 ``clamp``.
     """
 
     is_uniformly_scaling = True
@@ -362,18 +364,18 @@ class _ChannelLinear(Bijection):
 class LULinear(_ChannelLinear):
     r"""A(x) = Mx + b with M = LU: a bijective affine map of the channels (paper, section 2).
 
-    L is unit lower triangular; U is upper triangular with diagonal :math:`u_i = \pm e^{\lambda_i}`, so that every parameter
-    value is invertible and :math:`\ln|\det| = hw \sum_i \lambda_i`. It starts as the identity. Applied to vectors it is a matrix,
-    to sequences and images a 1x1 convolution.
+    L is unit lower triangular; U is upper triangular with diagonal :math:`u_i = \pm e^{\lambda_i}`, so that every
+    parameter value is invertible and :math:`\ln|\det| = hw \sum_i \lambda_i`. It starts as the identity. Applied to
+    vectors it is a matrix, to sequences and images a 1x1 convolution.
 
-    Cost: the product applies U, then L, or their product where the batch is larger than the number of channels; the inverse is
-    two triangular solves, never an explicit inverse.
+    Cost: the product applies U, then L, or their product where the batch is larger than the number of channels; the
+    inverse is two triangular solves, never an explicit inverse.
 
     Args:
         shape: event shape (channels, *spatial).
         diagonal: ``"learned"``, or ``"fixed"`` to hold :math:`|u_i| = 1`, which makes the map volume-preserving.
-        signs: signs of the u_i, shape (channels,), entries +1 or -1; all +1 by default. A buffer: gradient descent cannot change
-            a sign, for that would pass through a singular matrix.
+        signs: signs of the u_i, shape (channels,), entries +1 or -1; all +1 by default. A buffer: gradient descent
+            cannot change a sign, for that would pass through a singular matrix.
         bias: learn b; otherwise it stays zero.
 
     Attributes:
@@ -437,11 +439,12 @@ class LULinear(_ChannelLinear):
         return self.positions * self.log_diagonal.sum()
 
     def log_prior(self, sigma: float) -> Tensor:
-        r"""Log-density of the diagonal under the determinant prior, 0-dim (paper, section 4.2, with the scale corrected).
+        r"""Log-density of the diagonal under the determinant prior, 0-dim (paper, section 4.2, with the scale
+        corrected).
 
         Each u_i is BiLogNormal(0, sigma_0^2) with :math:`\sigma_0 = \sigma / (hw\sqrt{c})`, which makes
-        :math:`\ln|\det| = hw \sum_i \ln|u_i|` exactly N(0, sigma^2). The paper prints :math:`\sigma/(chw)`, which gives a standard
-        deviation of :math:`\sigma/\sqrt{c}` instead.
+        :math:`\ln|\det| = hw \sum_i \ln|u_i|` exactly N(0, sigma^2). The paper prints :math:`\sigma/(chw)`, which
+        gives a standard deviation of :math:`\sigma/\sqrt{c}` instead.
         """
         if not sigma > 0:
             raise ValueError(f"sigma must be positive, got {sigma}")
@@ -473,7 +476,8 @@ class LULinear(_ChannelLinear):
 
 
 class DenseLinear(_ChannelLinear):
-    """A(x) = Wx + b with an explicit matrix and its inverse: what :meth:`usf.flows.Flow.fuse` leaves of linear maps. Not trainable.
+    """A(x) = Wx + b with an explicit matrix and its inverse: what :meth:`usf.flows.Flow.fuse` leaves of linear maps.
+    Not trainable.
 
     Args:
         shape: event shape (channels, *spatial).
@@ -517,9 +521,9 @@ class DenseLinear(_ChannelLinear):
 class Sandwich(Bijection):
     r"""The paper's block: B = A^-1 . C . A (section 2).
 
-    The log-determinants of A and A^-1 cancel when A is uniformly scaling, so the block scales volume exactly as C does. For an
-    additive C and an LU map A it is computed as :math:`x + M^{-1}\delta(Mx + b)` with :math:`\delta = C - \mathrm{id}`: one
-    solve, no cancellation, and an inverse of the same cost that differs in a sign.
+    The log-determinants of A and A^-1 cancel when A is uniformly scaling, so the block scales volume exactly as C
+    does. For an additive C and an LU map A it is computed as :math:`x + M^{-1}\delta(Mx + b)` with :math:`\delta = C -
+    \mathrm{id}`: one solve, no cancellation, and an inverse of the same cost that differs in a sign.
 
     Args:
         outer: A.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -22,8 +21,8 @@ def _zero_(layer: nn.Module) -> None:
 class MLP(nn.Sequential):
     """Fully connected network with ReLU between its layers and a zero-initialised last layer.
 
-    Maps (..., ``in_features``) to (..., ``out_features``). ``in_features`` may be 0: the output is then a learned constant,
-    which is what a coupling of a single component needs.
+    Maps (..., ``in_features``) to (..., ``out_features``). ``in_features`` may be 0: the output is then a learned
+    constant, which is what a coupling of a single component needs.
 
     Args:
         in_features: size of the last axis of the input.
@@ -33,6 +32,7 @@ class MLP(nn.Sequential):
     Raises:
         ValueError: when a width is not positive.
 
+    >>> import torch
     >>> MLP(3, 2, hidden=(16,))(torch.ones(5, 3)).abs().max().item()
     0.0
     """
@@ -64,10 +64,10 @@ class _ChannelNorm(nn.Module):
 
 
 class ConvConditioner(nn.Module):
-    """The paper's conditioner: adaptive convolutions with layer normalisation and gating (section 2, USFlows architecture).
+    """The paper's conditioner: adaptive convolutions with layer normalisation and gating (section 2).
 
-    A stack of size-preserving convolutions; between two of them the features are normalised over channels and passed through
-    a gate, a * sigmoid(b). Any spatial size is accepted, so a flow trained at one resolution runs at another.
+    A stack of size-preserving convolutions; between two of them the features are normalised over channels and passed
+    through a gate, a * sigmoid(b). Any spatial size is accepted, so a flow trained at one resolution runs at another.
 
     Maps (..., ``in_channels``, *spatial) to (..., ``out_channels``, *spatial) with ``rank`` spatial axes.
 

@@ -21,7 +21,8 @@ class _Scorer(nn.Module):
 
 
 def to_onnx(flow: Flow, path: str | Path) -> None:
-    """Write the fused flow as ONNX: input ``x`` (batch, *shape), outputs ``latent`` (batch, *shape) and ``score`` (batch,).
+    """Write the fused flow as ONNX: input ``x`` (batch, *shape), outputs ``latent`` (batch, *shape) and ``score``
+    (batch,).
 
     The batch size is free. The flow is fused first, because ONNX has no triangular solve.
 

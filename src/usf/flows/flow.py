@@ -46,12 +46,12 @@ class Flow(nn.Module):
         base: the law of phi(x); a standard normal by default.
 
     Attributes:
-        validate_args: whether inputs are checked for shape and for values that are not finite. On by default; the check reads the
-            data once, so switch it off in a loop on a GPU. Compiled and exported code is never checked.
+        validate_args: whether inputs are checked for shape and for values that are not finite. On by default; the
+            check reads the data once, so switch it off in a loop on a GPU. Compiled and exported code is never checked.
 
     Raises:
-        ValueError: when base and bijection have different shapes, or (from every method) an input of the wrong shape or with a
-            NaN or an infinity.
+        ValueError: when base and bijection have different shapes, or (from every method) an input of the wrong shape
+            or with a NaN or an infinity.
 
     >>> flow = USFlow((2,), blocks=2)
     >>> flow.log_prob(torch.zeros(3, 5, 2)).shape, flow.log_abs_det.shape
@@ -66,7 +66,7 @@ class Flow(nn.Module):
         self.bijection, self.base = bijection, base
         self.validate_args = True
 
-    # -- the map ---------------------------------------------------------------------------------------------------------
+    # --- the map ---
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class Flow(nn.Module):
         reference = next(self.parameters()) if reference is None or not reference.is_floating_point() else reference
         return self.bijection(reference.new_zeros(1, *self.shape))[1]
 
-    # -- the density -----------------------------------------------------------------------------------------------------
+    # --- the density ---
 
     def forward(self, x: Tensor) -> Tensor:
         """The same as :meth:`log_prob`, so that wrappers around a module's call work."""
@@ -118,9 +118,9 @@ class Flow(nn.Module):
     def score(self, x: Tensor) -> Tensor:
         """Anomaly score, batch shape, higher is more anomalous: the distance of the latent to the base's centre.
 
-        For a uniformly scaling flow whose base density falls with the distance it ranks exactly as -ln p(x) (paper, section
-        4.3). For any other flow it leaves the log-determinant out, which is what Deep SVDD and the latent norms of the paper's
-        figure 4 do. Never depends on the rest of the batch.
+        For a uniformly scaling flow whose base density falls with the distance it ranks exactly as -ln p(x) (paper,
+        section 4.3). For any other flow it leaves the log-determinant out, which is what Deep SVDD and the latent
+        norms of the paper's figure 4 do. Never depends on the rest of the batch.
         """
         return self.base.score(self.latent(x))
 
@@ -136,9 +136,10 @@ class Flow(nn.Module):
         return x, self.base.log_prob(z) - log_abs_det
 
     def log_prior(self, sigma: float = 1.0) -> Tensor:
-        """Log-density of the determinant prior, summed over every LU layer with a learned diagonal; 0-dim (paper, section 4.2).
+        """Log-density of the determinant prior over every LU layer with a learned diagonal (paper, section 4.2).
 
-        Add it to the summed log-likelihood for maximum a posteriori training: ``-(log_prob(x).mean() + log_prior(s) / n)``.
+        0-dim. For maximum a posteriori training minimise ``-(log_prob(x).mean() + log_prior(sigma) / n)`` with n the
+        number of training samples.
 
         Args:
             sigma: standard deviation of each layer's ln|det|.
@@ -153,14 +154,15 @@ class Flow(nn.Module):
             )
         return torch.stack([layer.log_prior(sigma) for layer in layers]).sum()
 
-    # -- inference -------------------------------------------------------------------------------------------------------
+    # --- inference ---
 
     def fuse(self) -> Flow:
-        """A frozen copy for inference: neighbouring linear maps merged into one matrix, their determinants into constants.
+        """A frozen copy for inference: neighbouring linear maps merged, their determinants folded into constants.
 
-        Between two couplings of an (Non)USFlow stand A_i^-1 and A_(i+1): two solves and two products become one product. Latents,
-        scores and densities agree with the original's up to rounding; matrices are merged in double precision. The copy can be
-        exported and inverted, not trained, and is saved with the original's settings by saving the original.
+        Between two couplings of an (Non)USFlow stand A_i^-1 and A_(i+1): two solves and two products become one
+        product. Latents, scores and densities agree with the original's up to rounding; matrices are merged in double
+        precision. The copy can be exported and inverted, not trained, and is saved with the original's settings by
+        saving the original.
         """
         parts: list[Bijection] = []
         pending: tuple[Tensor, Tensor] | None = None  # (W, b) in double precision
@@ -185,19 +187,20 @@ class Flow(nn.Module):
         fused.validate_args = self.validate_args
         return fused.requires_grad_(False)
 
-    # -- storage ---------------------------------------------------------------------------------------------------------
+    # --- storage ---
 
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one safetensors file; an interrupted write leaves an older file as it was.
 
         Raises:
-            TypeError: for flows that :meth:`load` could not rebuild: fused ones, custom bijections, conditioners or masks.
+            TypeError: for flows that :meth:`load` could not rebuild: fused ones, custom bijections, conditioners or
+                masks.
         """
         settings = getattr(self, "_settings", None)
         if settings is None:
             raise TypeError(
-                f"{type(self).__name__} was not built from settings alone, so it cannot be saved whole: save its state_dict(), "
-                "or build it with USFlow or NonUSFlow without a custom conditioner or mask"
+                f"{type(self).__name__} was not built from settings alone, so it cannot be saved whole: save "
+                "its state_dict(), or build it with USFlow or NonUSFlow without a custom conditioner or mask"
             )
         base = {"name": type(self.base).__name__, "settings": self.base.settings()}
         metadata = {
@@ -247,9 +250,9 @@ class Flow(nn.Module):
             flow.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: the weights do not fit the settings stored with them: {error}") from error
-        return flow  # type: ignore[return-value]
+        return flow
 
-    # -- checks ----------------------------------------------------------------------------------------------------------
+    # --- checks ---
 
     def _batch(self, x: Tensor) -> torch.Size:
         return x.shape[: x.dim() - len(self.shape)]
@@ -261,7 +264,8 @@ class Flow(nn.Module):
             raise ValueError(
                 f"expected events of shape {self.shape} behind any batch axes, got a tensor of {tuple(x.shape)}"
             )
-        # One reduction instead of a mask: the sum is finite unless a value is not, or values near the largest float add up.
+        # One reduction instead of a mask: the sum is finite unless a value is not, or values near the largest float
+        # add up.
         if not math.isfinite(x.detach().sum().item()) and not bool(torch.isfinite(x).all()):
             count = int((~torch.isfinite(x)).sum())
             raise ValueError(
@@ -326,7 +330,7 @@ def _base_from(stored: dict[str, Any], shape: tuple[int, ...]) -> Base:
 
 
 class _Architecture(Flow):
-    """phi = A_(n+1) . B_n . ... . B_1 with B_i = A_i^-1 . C_i . A_i (paper, section 2); a subclass names the coupling."""
+    """phi = A_(n+1) . B_n ... B_1 with B_i = A_i^-1 . C_i . A_i (paper, section 2); a subclass names C."""
 
     def __init__(
         self,
@@ -388,11 +392,13 @@ class USFlow(_Architecture):
         hidden: widths of each conditioner's hidden layers.
         coupling: ``"additive"`` as in the paper, or ``"gin"`` (volume-preserving with an input-dependent scale).
         clamp: bound of the log-scale of a GIN coupling; unused otherwise.
-        mask: one mask for all blocks, kept and moved changing places from block to block. By default channels (the halves of
-            a vector), on grids in turns with the checkerboard.
-        diagonal: ``"learned"`` or ``"fixed"`` magnitudes |u_i| of the conjugating maps. The final map's are always learned.
+        mask: one mask for all blocks, kept and moved changing places from block to block. By default channels (the
+            halves of a vector), on grids in turns with the checkerboard.
+        diagonal: ``"learned"`` or ``"fixed"`` magnitudes |u_i| of the conjugating maps. The final map's are always
+            learned.
         base: standard normal by default.
-        conditioner: another conditioner, built from (in_channels, out_channels, spatial axes); such a flow cannot be saved whole.
+        conditioner: another conditioner, built from (in_channels, out_channels, spatial axes); such a flow cannot be
+            saved whole.
 
     Raises:
         ValueError: for a setting that makes no bijection, naming it.
@@ -437,8 +443,8 @@ class USFlow(_Architecture):
 class NonUSFlow(_Architecture):
     """The same architecture with affine couplings, which are not uniformly scaling (paper, section 2).
 
-    It differs from :class:`USFlow` in the coupling and in the last layer of each conditioner alone, which returns a log-scale
-    besides the shift.
+    It differs from :class:`USFlow` in the coupling and in the last layer of each conditioner alone, which returns a
+    log-scale besides the shift.
 
     Args:
         clamp: bound of the log-scale, see :class:`usf.flows.AffineCoupling`.

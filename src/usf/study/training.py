@@ -50,9 +50,9 @@ def fit(
 ) -> History:
     """Minimise ``loss(module, batch)`` over ``train`` with Adam; the module is changed in place.
 
-    Batches are drawn without replacement from a generator of its own, so a training is a function of the initial weights,
-    the data and ``seed``, whatever other random numbers the process draws. The last batch of an epoch is dropped
-    when it is short, except where it is the only one.
+    Batches are drawn without replacement from a generator of its own, so a training is a function of the initial
+    weights, the data and ``seed``, whatever other random numbers the process draws. The last batch of an epoch is
+    dropped when it is short, except where it is the only one.
 
     Args:
         module: the model; build it after seeding torch, or its initial weights are not reproducible.
@@ -101,7 +101,8 @@ def fit(
             value = loss(module, batch)
             if not torch.isfinite(value):
                 raise FloatingPointError(
-                    f"{label}: the loss is {value.item()} at epoch {epoch}, step {step}; lower lr ({lr}) or check the data"
+                    f"{label}: the loss is {value.item()} at epoch {epoch}, step {step}; "
+                    f"lower lr ({lr}) or check the data"
                 )
             value.backward()
             optimizer.step()
@@ -114,7 +115,9 @@ def fit(
             with torch.no_grad():
                 value = loss(module, val)
             if not torch.isfinite(value):
-                raise FloatingPointError(f"{label}: the validation loss is {value.item()} after epoch {epoch}; lower lr ({lr})")
+                raise FloatingPointError(
+                    f"{label}: the validation loss is {value.item()} after epoch {epoch}; lower lr ({lr})"
+                )
             history.val.append(value.item())
             if history.val[-1] < best:
                 best, history.best_epoch = history.val[-1], epoch
