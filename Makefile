@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.usf-setup
-CHAPTERS := $(wildcard book/*.md)
+CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md)
 NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
 
 .DEFAULT_GOAL := help

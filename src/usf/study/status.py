@@ -1,0 +1,112 @@
+"""What of the paper is reproduced, read off the files that exist: chapters and measured records.
+
+The claims stand in ``data/paper/claims.csv``, one row each: the place in the paper, the claim in our words, the chapter
+that checks it (its name without the number), and the folder in ``data/results/`` whose records it needs (empty for a
+claim that its chapter derives or computes on every build).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from usf import paths
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper and how far its check has come.
+
+    Attributes
+    ----------
+    place, text:
+        Where the paper says it, and what it says.
+    chapter, title:
+        File name (without suffix) and heading of the chapter that checks it; ``None`` where it is not written yet.
+    records:
+        Name of the folder with the records it needs, or ``None``.
+    succeeded, failed:
+        Number of records by outcome.
+    """
+
+    place: str
+    text: str
+    chapter: str | None
+    title: str | None
+    records: str | None
+    succeeded: int = 0
+    failed: int = 0
+
+    @property
+    def status(self) -> str:
+        """``"checked on every build"``, a number of measured runs, or what is missing."""
+        if self.chapter is None:
+            return "open"
+        if self.records is None:
+            return "checked on every build"
+        if not self.succeeded + self.failed:
+            return "live run only, no records yet"
+        runs = f"{self.succeeded} run{'' if self.succeeded == 1 else 's'} on record"
+        return f"{runs}, {self.failed} failed" if self.failed else runs
+
+
+def count_records(folder: Path) -> tuple[int, int]:
+    """Rows of all CSV files in a folder, as (succeeded, failed).
+
+    A row has failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records.
+    """
+    succeeded = failed = 0
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf8") as stream:
+            for row in csv.DictReader(stream):
+                if row.get("status", "ok") == "ok":
+                    succeeded += 1
+                else:
+                    failed += 1
+    return succeeded, failed
+
+
+def _title(chapter: Path) -> str:
+    for line in chapter.read_text("utf8").splitlines():
+        if line.startswith("# "):
+            return line[2:].strip()
+    raise ValueError(f"{chapter} has no heading of the first level")
+
+
+def claims() -> list[Claim]:
+    """Every claim of the paper with its present state, in the paper's order.
+
+    Raises
+    ------
+    FileNotFoundError
+        Outside the repository, which holds the list, the chapters and the records.
+    """
+    found = []
+    with paths.data("paper", "claims.csv").open(newline="", encoding="utf8") as stream:
+        for row in csv.DictReader(stream):
+            chapter = next(iter(sorted(paths.book().glob(f"[0-9][0-9]-{row['chapter']}.md"))), None)
+            records = row["records"] or None
+            succeeded, failed = count_records(paths.results(records)) if records else (0, 0)
+            found.append(
+                Claim(
+                    place=row["place"],
+                    text=row["claim"],
+                    chapter=chapter.stem if chapter else None,
+                    title=_title(chapter) if chapter else None,
+                    records=records,
+                    succeeded=succeeded,
+                    failed=failed,
+                )
+            )
+    return found
+
+
+def markdown(rows: Iterable[Claim]) -> str:
+    """The claims as a Markdown table with links to the chapters."""
+    lines = ["| In the paper | Claim | Chapter | Status |", "|---|---|---|---|"]
+    for claim in rows:
+        link = f"[{claim.title}]({claim.chapter}.md)" if claim.chapter else "not yet written"
+        lines.append(f"| {claim.place} | {claim.text} | {link} | {claim.status} |")
+    return "\n".join(lines)
