@@ -100,7 +100,8 @@ def test_one_version_number() -> None:
 
 # --- light imports ---------------------------------------------------------------------------------------------------
 
-HEAVY = set("anomalib lightning matplotlib optuna pandas scipy seaborn sklearn timm torchvision".split())
+HEAVY = {"anomalib", "lightning", "matplotlib", "optuna", "pandas"}
+HEAVY |= {"scipy", "seaborn", "sklearn", "timm", "torchvision"}
 CORE = ["usf.flows", "usf.oneclass", "usf.paths", "usf.study.profile", "usf.study.training"]
 
 
