@@ -1,0 +1,34 @@
+"""anomalib's flow detectors with a chosen coupling, as Lightning models.
+
+anomalib is imported when a detector is first asked for, not with this package: it takes up to half a minute.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from usf.detectors.backbones import Weights, resolve
+
+if TYPE_CHECKING:
+    from usf.detectors.coupling import Block, FlowOptions
+    from usf.detectors.fastflow import Fastflow, FastflowModel
+
+__all__ = ["Block", "Fastflow", "FastflowModel", "FlowOptions", "Weights", "resolve"]
+
+_LAZY = {
+    "Block": "usf.detectors.coupling",
+    "FlowOptions": "usf.detectors.coupling",
+    "Fastflow": "usf.detectors.fastflow",
+    "FastflowModel": "usf.detectors.fastflow",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""FastFlow (Yu et al., 2021) with a chosen coupling, as an anomalib Lightning model.
+
+Each stage of a frozen backbone gives a feature map; a layer normalisation and a two-dimensional flow of eight steps with
+alternating 3x3 and 1x1 convolutions maps it to a latent map of the same shape (paper, section 5.1). The score of a
+position is its mean squared latent, in the log domain; the score of an image is the largest of its map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.metrics import AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.models.image.fastflow import lightning_model, torch_model
+from anomalib.models.image.fastflow.loss import FastflowLoss
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from usf.detectors import backbones
+from usf.detectors.backbones import Weights
+from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
+
+__all__ = ["Fastflow", "FastflowModel", "Score"]
+
+Score = Literal["norm", "anomalib"]
+
+
+class FastflowModel(torch_model.FastflowModel):  # type: ignore[misc]  # anomalib's stages are untyped
+    """anomalib's ``FastflowModel`` with a chosen block, known weights, and its parts callable one by one.
+
+    Args:
+        input_size: (height, width) of the images, in pixels, multiples of 16.
+        weights: of the frozen backbone, see :func:`usf.detectors.backbones.resolve`.
+        options: what the blocks are made of.
+        flow_steps: steps per stage.
+        conv3x3_only: 3x3 convolutions in every step, instead of alternating 3x3 and 1x1.
+        hidden_ratio: hidden channels of the coupling networks over their input channels.
+        score: ``"norm"``: the mean over channels of z^2 / 2, averaged over the stages. ``"anomalib"``: the mean of
+            -exp(-that), which saturates at 0 for strong anomalies.
+
+    Raises:
+        ValueError: an input size that is not a multiple of 16, or an unknown score.
+    """
+
+    def __init__(
+        self,
+        input_size: tuple[int, int],
+        weights: Weights,
+        options: FlowOptions,
+        flow_steps: int = 8,
+        conv3x3_only: bool = False,
+        hidden_ratio: float = 1.0,
+        score: Score = "norm",
+    ) -> None:
+        if any(side < 16 or side % 16 for side in input_size):
+            raise ValueError(f"input size {input_size}: height and width must be multiples of 16 pixels")
+        if score not in get_args(Score):
+            raise ValueError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
+        with building_with(torch_model, options):
+            super().__init__(
+                input_size=input_size,
+                backbone=weights.backbone,
+                pre_trained=False,
+                flow_steps=flow_steps,
+                conv3x3_only=conv3x3_only,
+                hidden_ratio=hidden_ratio,
+            )
+        if weights.source != "checkpoint":
+            backbones.load(self.feature_extractor, weights)
+        self.norms.requires_grad_(options.train_layer_norm)
+        self.options = options
+        self.score = score
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (N, 3, H, W) -> frozen feature maps (N, C_i, H / s_i, W / s_i), without a graph."""
+        self.feature_extractor.eval()
+        with torch.no_grad():
+            maps: list[Tensor] = self.feature_extractor(images)
+        return maps
+
+    def latents(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps -> (latent maps of the same shapes, log-determinants (N,) of the flows, one per stage).
+
+        The log-determinants are those of the flows alone: the layer normalisation before them is not counted.
+        """
+        hidden, log_dets = [], []
+        for norm, flow, feature in zip(self.norms, self.fast_flow_blocks, features, strict=True):
+            latent, log_det = flow(norm(feature))
+            hidden.append(latent)
+            log_dets.append(log_det)
+        return hidden, log_dets
+
+    def maps(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Latent maps -> anomaly map (N, 1, H, W) at the input size; depends on one image at a time.
+
+        ``"norm"`` is a negative log-likelihood per channel, up to a constant, for a uniformly scaling flow.
+        """
+        if self.score == "anomalib":
+            stock: Tensor = self.anomaly_map_generator(list(hidden))
+            return stock
+        levels = [
+            F.interpolate(
+                0.5 * latent.square().mean(dim=1, keepdim=True),
+                size=tuple(self.input_size),
+                mode="bilinear",
+                align_corners=False,
+            )
+            for latent in hidden
+        ]
+        return torch.stack(levels).mean(dim=0)
+
+    def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
+        """In training (latent maps, log-determinants), else the anomaly map (N, 1, H, W) and its maximum (N, 1)."""
+        hidden, log_dets = self.latents(self.features(input_tensor))
+        if self.training:
+            return hidden, log_dets
+        maps = self.maps(hidden)
+        return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser needs to know: the flows, and the layer normalisations where they are trained."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+class Fastflow(lightning_model.Fastflow):  # type: ignore[misc]  # Lightning's hooks are untyped in anomalib
+    """anomalib's ``Fastflow`` as a uniformly scaling flow (the default), or with any other coupling.
+
+    ``Fastflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps,
+    same random draws. Works in anomalib's ``Engine``; every choice is a hyper-parameter of the checkpoint, which also
+    brings the backbone, so that loading one needs no weight file.
+
+    Args:
+        backbone, flow_steps, conv3x3_only, hidden_ratio: as in anomalib; the defaults are those of section 5.1.
+        backbone_weights: a safetensors file, ``"hub"``, ``"random"``, or ``None`` for the stated order, see
+            :func:`usf.detectors.backbones.resolve`. What was used is printed and kept in ``self.weights``.
+        coupling, mixing, diagonal, global_scale, train_layer_norm: see :class:`usf.detectors.coupling.FlowOptions`.
+        score: see :class:`FastflowModel`.
+        pre_processor, post_processor, evaluator, visualizer: as in anomalib.
+
+    Raises:
+        ValueError: an unknown option, a missing input size, or weights that do not fit.
+        FileNotFoundError: a weight file that does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        flow_steps: int = 8,
+        conv3x3_only: bool = False,
+        hidden_ratio: float = 1.0,
+        backbone_weights: str | None = None,
+        coupling: Coupling = "additive",
+        mixing: Mixing = "lu",
+        diagonal: Diagonal = "fixed",
+        global_scale: bool = True,
+        train_layer_norm: bool = True,
+        score: Score = "norm",
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: nn.Module | bool = True,
+    ) -> None:
+        # anomalib's own constructor would build the stock network first; what it does besides is the four attributes below.
+        AnomalibModule.__init__(
+            self,
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        if self.input_size is None:
+            raise ValueError("FastFlow needs the input size: give a pre-processor with a Resize, or pre_processor=True")
+        self.backbone = backbone
+        self.flow_steps = flow_steps
+        self.conv3x3_only = conv3x3_only
+        self.hidden_ratio = hidden_ratio
+
+        if isinstance(backbone_weights, Path):
+            # Checkpoints are read without unpickling arbitrary classes.
+            self.hparams["backbone_weights"] = backbone_weights = str(backbone_weights)
+        if backbone_weights == "checkpoint":
+            self.weights = Weights(backbone, "checkpoint", "", "")
+        else:
+            self.weights = backbones.resolve(backbone_weights, backbone=backbone)
+        self.model = FastflowModel(
+            input_size=self.input_size,
+            weights=self.weights,
+            options=FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm),
+            flow_steps=flow_steps,
+            conv3x3_only=conv3x3_only,
+            hidden_ratio=hidden_ratio,
+            score=score,
+        )
+        self.loss = FastflowLoss()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
+        checkpoint["usf_backbone"] = {
+            "tag": self.weights.tag or self.weights.describe(),
+            "sha256": self.weights.sha256,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore which backbone the checkpoint was made with."""
+        super().on_load_checkpoint(checkpoint)
+        known = checkpoint.get("usf_backbone")
+        if known:
+            self.weights = Weights(self.backbone, "checkpoint", known["tag"], known["sha256"])
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """anomalib's metrics, the areas computed on the scores as they are (no squashing of single batches)."""
+        fields = {"image_": ("pred_score", "gt_label"), "pixel_": ("anomaly_map", "gt_mask")}
+        labels = {"image_": ("pred_label", "gt_label"), "pixel_": ("pred_mask", "gt_mask")}
+
+        def areas() -> list[AUROC]:
+            return [AUROC(fields=names, prefix=prefix, normalization=None) for prefix, names in fields.items()]
+
+        f1 = [F1Score(fields=names, prefix=prefix) for prefix, names in labels.items()]
+        return Evaluator(val_metrics=areas(), test_metrics=[*areas(), *f1])
