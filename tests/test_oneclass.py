@@ -21,6 +21,7 @@ from usf.oneclass import (
     effective_rank,
     expected_inverse_square,
     fit_deep_svdd,
+    homogeneous_limit,
     inversion_loss,
     inversion_map,
     monte_carlo_loss,
@@ -110,10 +111,20 @@ class Symlog(nn.Module):
         return x.sign() * x.abs().log1p()
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Sigmoid(), nn.ReLU6(), nn.Hardtanh(), nn.Softsign()])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Sigmoid(), nn.ReLU6(), nn.Hardtanh(), nn.ELU()])
 def test_bounded_activations_are_refused(activation: nn.Module) -> None:
-    with pytest.raises(ValueError, match="bounded"):
+    with pytest.raises(ValueError, match="levels off"):
         DeepSVDD((2, 4, 2), activation=activation)
+
+
+class Bump(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.exp(-(x**2))
+
+
+def test_vanishing_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="bounded on both sides"):
+        DeepSVDD((2, 4, 2), activation=Bump())
 
 
 def test_activation_that_is_a_bias_is_refused() -> None:
@@ -121,9 +132,7 @@ def test_activation_that_is_a_bias_is_refused() -> None:
         DeepSVDD((2, 4, 2), activation=nn.Softplus())
 
 
-@pytest.mark.parametrize(
-    "activation", [nn.ReLU(), nn.LeakyReLU(), nn.ELU(), nn.GELU(), nn.SiLU(), nn.PReLU(), Symlog()]
-)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.GELU(), nn.SiLU(), nn.PReLU(), Symlog()])
 def test_unbounded_activations_are_accepted(activation: nn.Module) -> None:
     assert DeepSVDD((2, 4, 4, 2), activation=activation).latent(normal(3, 2)).shape == (3, 2)
 
@@ -190,6 +199,14 @@ def test_training_leaves_the_global_generator_to_the_caller() -> None:
     state = torch.get_rng_state()
     fit_deep_svdd(model, normal(16, 2), pretrain_epochs=1, epochs=1, batch_size=8, lr=1e-3, seed=0, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_monitor_sees_every_epoch_and_changes_nothing() -> None:
+    seen: list[float] = []
+    watched = trained(monitor=lambda model: seen.append(model.loss(normal(64, 3)).item()))
+    assert len(seen) == 3
+    assert seen[-1] < seen[0]
+    assert torch.equal(watched.weights()[0], trained().weights()[0])
 
 
 def test_score_does_not_depend_on_the_batch() -> None:
@@ -331,3 +348,30 @@ def test_order_is_exactly_reversed(dim: int) -> None:
     score = inversion_map(x, 7.0).square().sum(-1)
     assert spearman(score, density) == pytest.approx(-1.0, abs=1e-12)
     assert spearman(x.square().sum(-1), density) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8, 32])
+def test_homogeneous_limit_against_samples(dim: int) -> None:
+    limit = homogeneous_limit(dim)
+    r = normal(50_000, dim).double().norm(dim=-1)
+    score = limit.score(r.numpy())
+    assert limit.loss == pytest.approx(score.mean(), rel=0.05)
+    assert limit.spearman == pytest.approx(spearman(score, -r), abs=0.02)
+    assert limit.inverted_mass == pytest.approx((r < limit.radius).double().mean().item(), abs=0.01)
+    assert limit.below_mode == pytest.approx((score < 1.0).mean(), abs=0.01)
+    assert limit.loss == pytest.approx(1 - r.mean().item() ** 2 / r.square().mean().item(), rel=0.05)
+    with pytest.raises(ValueError, match="dim"):
+        homogeneous_limit(0)
+
+
+def test_training_approaches_the_homogeneous_limit() -> None:
+    torch.manual_seed(0)
+    model = DeepSVDD(decreasing_schedule(2, 5))
+    x, test = normal(4096, 2, seed=1), normal(2000, 2, seed=2)
+    fit_deep_svdd(model, x, pretrain_epochs=5, epochs=25, batch_size=256, lr=3e-3, seed=0, progress=False)
+    limit = homogeneous_limit(2)
+    scale = model.center.square().sum().item()
+    assert model.loss(x).item() / scale == pytest.approx(limit.loss, rel=0.15)
+    assert model.loss(x).item() / scale > 0.95 * limit.loss
+    assert spearman(model.score(test).detach(), standard_normal_log_prob(test)) < -0.4
+    assert model.score(torch.zeros(1, 2)).item() == pytest.approx(scale, rel=1e-6)

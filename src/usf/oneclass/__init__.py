@@ -9,8 +9,10 @@
 
 from usf.oneclass.collapse import CollapseReport, collapse_report, distinct, effective_rank
 from usf.oneclass.inversion import (
+    HomogeneousLimit,
     MonteCarlo,
     expected_inverse_square,
+    homogeneous_limit,
     inversion_loss,
     inversion_map,
     monte_carlo_loss,
@@ -23,6 +25,7 @@ from usf.oneclass.svdd import DeepSVDD, SVDDHistory, decreasing_schedule, fit_de
 __all__ = [
     "CollapseReport",
     "DeepSVDD",
+    "HomogeneousLimit",
     "MonteCarlo",
     "SVDDHistory",
     "collapse_report",
@@ -31,6 +34,7 @@ __all__ = [
     "effective_rank",
     "expected_inverse_square",
     "fit_deep_svdd",
+    "homogeneous_limit",
     "inversion_loss",
     "inversion_map",
     "monte_carlo_loss",

@@ -112,6 +112,65 @@ def monte_carlo_loss(dim: int, alpha: float, samples: int, seed: int) -> MonteCa
     return MonteCarlo(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(samples), samples, dim > 4)
 
 
+@dataclass(frozen=True)
+class HomogeneousLimit:
+    """The best that a positively homogeneous encoder can do on N(0, I_d), see `homogeneous_limit`.
+
+    Attributes:
+        dim: d.
+        radius: r* = E[r^2] / E[r], where the score is zero.
+        loss: the infimum of the one-class loss, divided by |c|^2: 1 - E[r]^2 / E[r^2].
+        spearman: between the limiting score and minus the log-density (1 aligned, -1 inverted).
+        inverted_mass: probability of r < r*, where a more likely point scores higher.
+        below_mode: probability of a score below that of the mode, r < 2 r*.
+    """
+
+    dim: int
+    radius: float
+    loss: float
+    spearman: float
+    inverted_mass: float
+    below_mode: float
+
+    def score(self, radius: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The limiting score divided by |c|^2, (1 - r / r*)^2, at each radius."""
+        return (1 - np.asarray(radius, dtype=np.float64) / self.radius) ** 2
+
+
+def homogeneous_limit(dim: int) -> HomogeneousLimit:
+    r"""What training drives a bias-free ReLU or LeakyReLU network to on N(0, I_d).
+
+    Such a network is positively homogeneous, f(r u) = r f(u) for r >= 0, so along a direction u it chooses one vector
+    alone. The choice that minimises the one-class loss is c / r* in every direction, with :math:`r^* = E[r^2] / E[r]`
+    and score :math:`\|c\|^2 (1 - r / r^*)^2`. All values are exact up to quadrature.
+
+    >>> limit = homogeneous_limit(2)
+    >>> round(limit.loss, 4) == round(1 - math.pi / 4, 4), round(limit.spearman, 3)
+    (True, -0.597)
+    """
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    mean = math.sqrt(2) * math.exp(special.gammaln((dim + 1) / 2) - special.gammaln(dim / 2))
+    radius = dim / mean
+
+    def mass(r: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+        return special.gammainc(dim / 2, np.maximum(r, 0.0) ** 2 / 2)
+
+    # Spearman's coefficient is 12 E[UV] - 3 for the ranks U = P(r' < r) and V = P(score' < score), on a quantile grid.
+    u = (np.arange(20_000) + 0.5) / 20_000
+    r = np.sqrt(2 * special.gammaincinv(dim / 2, u))
+    reach = np.abs(r - radius)
+    v = mass(radius + reach) - mass(radius - reach)
+    return HomogeneousLimit(
+        dim=dim,
+        radius=radius,
+        loss=1 - mean**2 / dim,
+        spearman=float(12 * (u * v).mean() - 3),
+        inverted_mass=float(mass(radius)),
+        below_mode=float(mass(2 * radius)),
+    )
+
+
 def running_loss(dim: int, alpha: float, samples: int, seed: int) -> npt.NDArray[np.float64]:
     """Mean loss of the first n of ``samples`` draws, for every n; shape (samples,)."""
     _check_alpha(alpha)

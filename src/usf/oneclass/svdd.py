@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +72,10 @@ def one_class_loss(latent: Tensor, center: Tensor, weights: Iterable[Tensor] = (
 class DeepSVDD(nn.Module):
     """A bias-free perceptron and a centre; the squared distance to the centre is the anomaly score.
 
-    Two things a bias would bring in by the back door are refused as well. A bounded activation saturates, and a
-    saturated unit is a constant (Ruff et al. 2018, proposition 3). An activation with a(0) != 0 is a constant at
-    the origin. With either, the network can ignore its input and map everything to the centre.
+    Activations that would act as a bias are refused as well (Ruff et al. 2018, proposition 3): one that levels off at
+    a value other than zero, on either side, is a constant once saturated (tanh, ReLU6, ELU), and one with a(0) != 0
+    is a constant at the origin (Softplus). With a constant the network can ignore its input and map everything
+    to the centre.
 
     Args:
         widths: input, hidden and output widths, at least two; `decreasing_schedule` makes the paper's.
@@ -84,8 +86,8 @@ class DeepSVDD(nn.Module):
         center: c, shape (widths[-1],), a buffer; NaN until `init_center` or a loaded state sets it.
 
     Raises:
-        ValueError: for fewer than two widths, a width below one, a negative ``weight_decay``, or an activation that is
-            bounded or not zero at zero.
+        ValueError: for fewer than two widths, a width below one, a negative ``weight_decay``, or an activation that
+            acts as a bias.
 
     >>> _ = torch.manual_seed(0)
     >>> model = DeepSVDD((2, 8, 2))
@@ -199,6 +201,7 @@ def fit_deep_svdd(
     seed: int,
     patience: int | None = None,
     guard: float = CENTER_GUARD,
+    monitor: Callable[[DeepSVDD], object] | None = None,
     progress: bool = True,
 ) -> SVDDHistory:
     """Pre-train as an autoencoder, fix the centre, minimise equation 2. The model is changed in place.
@@ -213,6 +216,7 @@ def fit_deep_svdd(
         epochs, batch_size, lr, patience: as in `usf.study.training.fit`, for both phases.
         seed: of the decoder's weights and of both shuffles.
         guard: as in `DeepSVDD.init_center`.
+        monitor: called with the model before each pass of the second phase, for instance with `collapse_report`.
 
     Raises:
         FloatingPointError: when a loss is not finite.
@@ -238,7 +242,7 @@ def fit_deep_svdd(
     model.init_center(train, guard)
     history = fit(
         model,
-        _svdd_loss,
+        observed(_svdd_loss, monitor, max(1, len(train) // batch_size)),
         train,
         val=val,
         epochs=epochs,
@@ -250,6 +254,24 @@ def fit_deep_svdd(
         label="Deep SVDD",
     )
     return SVDDHistory(pretrain, history)
+
+
+def observed(
+    loss: Callable[[nn.Module, Tensor], Tensor], monitor: Callable[[Any], object] | None, every: int
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The same loss, which also calls ``monitor(module)`` before training steps 0, every, 2 every, ...
+
+    `usf.study.training.fit` has no hooks; a loss that looks around is one.
+    """
+    steps = itertools.count()
+
+    def observing(module: nn.Module, batch: Tensor) -> Tensor:
+        if monitor is not None and module.training and next(steps) % every == 0:
+            with torch.no_grad():
+                monitor(module)
+        return loss(module, batch)
+
+    return observing
 
 
 def _reconstruction_loss(autoencoder: nn.Module, batch: Tensor) -> Tensor:
@@ -270,12 +292,17 @@ def _perceptron(widths: Sequence[int], activation: nn.Module) -> nn.Sequential:
 
 @torch.no_grad()
 def _check_activation(activation: nn.Module) -> None:
-    # Measured, not looked up by name, so that a user's own activation is judged too. A bounded function is the same at
-    # 1e3 and 1e6 to within rounding; the slowest unbounded one in use, sign(x) ln(1 + |x|), doubles.
+    # Measured, not looked up by name, so that a user's own activation is judged too. A function that levels off is the
+    # same at 1e3 and 1e6 to within rounding; the slowest unbounded one in use, sign(x) ln(1 + |x|), doubles.
     probe = torch.tensor([0.0, 1e3, 1e6, -1e3, -1e6])
-    zero, near, far, near_neg, far_neg = activation(probe).tolist()
+    zero, near_right, far_right, near_left, far_left = activation(probe).tolist()
     name = type(activation).__name__
-    if not (abs(far) > 1.5 * abs(near) > 0 or abs(far_neg) > 1.5 * abs(near_neg) > 0):
-        raise ValueError(f"{name} is bounded: saturated, it is a bias, and Deep SVDD collapses; use ReLU or LeakyReLU")
+    for near, far in ((near_right, far_right), (near_left, far_left)):
+        if abs(far) > 1e-3 and not abs(far) > 1.5 * abs(near):
+            raise ValueError(
+                f"{name} levels off at {far:.3g}: saturated, it is a bias that lets Deep SVDD collapse; use LeakyReLU"
+            )
+    if abs(far_right) <= 1e-3 and abs(far_left) <= 1e-3:
+        raise ValueError(f"{name} is bounded on both sides; use ReLU or LeakyReLU")
     if abs(zero) > 1e-6:
         raise ValueError(f"{name}(0) = {zero:.3g}, which is a bias in disguise; use ReLU or LeakyReLU")
