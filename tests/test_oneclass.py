@@ -201,6 +201,16 @@ def test_training_leaves_the_global_generator_to_the_caller() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_centre_at_zero_collapses_and_the_monitors_see_it() -> None:
+    train = normal(512, 3, seed=1)
+    options = {"pretrain_epochs": 3, "epochs": 60, "lr": 1e-2}
+    healthy, collapsed = trained(**options), trained(center=torch.zeros(3), **options)
+    with torch.no_grad():
+        good, bad = (sum(collapse_report(m.latent(train), m.center).std) for m in (healthy, collapsed))
+    assert torch.equal(collapsed.center, torch.zeros(3))
+    assert bad < 0.25 * good
+
+
 def test_monitor_sees_every_epoch_and_changes_nothing() -> None:
     seen: list[float] = []
     watched = trained(monitor=lambda model: seen.append(model.loss(normal(64, 3)).item()))

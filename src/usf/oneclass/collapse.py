@@ -19,7 +19,7 @@ class CollapseReport:
     Attributes:
         std: standard deviation of each latent dimension, in latent units.
         spread: root of the mean squared distance of the latents to *their own mean*, divided by the norm of the
-            centre; free of units. Zero where all inputs have become one point.
+            centre; free of units. Zero where all inputs have become one point, infinite where the centre is the origin.
         effective_rank: Roy and Vetterli's (2007) effective rank of the latents around their mean; between 1 and
             the latent dimension, and 0 for a single point.
         distinct_scores: number of scores that differ by more than ``tolerance``, relatively.
@@ -65,10 +65,10 @@ def collapse_report(latent: Tensor, center: Tensor, *, tolerance: float = SCORE_
     # What rounding alone would show for one repeated point is no spread.
     floor = 4 * rounding * z.shape[1] ** 0.5
     scores = (z - c).square().sum(-1)
-    norm = max(float(c.norm()), torch.finfo(torch.float64).tiny)
+    rms, norm = float(deviation.square().sum(-1).mean().sqrt()), float(c.norm())
     return CollapseReport(
         std=tuple(deviation.std(0).tolist()),
-        spread=float(deviation.square().sum(-1).mean().sqrt()) / norm,
+        spread=rms / norm if norm > 0 else float("inf"),
         effective_rank=effective_rank(z, floor=floor),
         distinct_scores=distinct(scores, tolerance=tolerance, floor=floor**2),
         samples=len(z),

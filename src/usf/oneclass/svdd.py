@@ -200,7 +200,9 @@ def fit_deep_svdd(
     lr: float,
     seed: int,
     patience: int | None = None,
+    schedule: str = "constant",
     guard: float = CENTER_GUARD,
+    center: Tensor | None = None,
     monitor: Callable[[DeepSVDD], object] | None = None,
     progress: bool = True,
 ) -> SVDDHistory:
@@ -213,9 +215,11 @@ def fit_deep_svdd(
         train: normal samples, shape (n, widths[0]).
         val: normal samples for early stopping of the second phase.
         pretrain_epochs: passes of the first phase; 0 skips it, and the centre is the mean of untrained encodings.
-        epochs, batch_size, lr, patience: as in `usf.study.training.fit`, for both phases.
+        epochs, batch_size, lr: as in `usf.study.training.fit`; the last two for both phases.
+        patience, schedule: as there, for the second phase.
         seed: of the decoder's weights and of both shuffles.
         guard: as in `DeepSVDD.init_center`.
+        center: shape (widths[-1],); used as it is instead of the mean encoding. Zero makes the model collapse.
         monitor: called with the model before each pass of the second phase, for instance with `collapse_report`.
 
     Raises:
@@ -239,7 +243,10 @@ def fit_deep_svdd(
             progress=progress,
             label="autoencoder",
         )
-    model.init_center(train, guard)
+    if center is None:
+        model.init_center(train, guard)
+    else:
+        model.center.copy_(center)
     history = fit(
         model,
         observed(_svdd_loss, monitor, max(1, len(train) // batch_size)),
@@ -250,6 +257,7 @@ def fit_deep_svdd(
         lr=lr,
         seed=seed + 1,
         patience=patience,
+        schedule=schedule,
         progress=progress,
         label="Deep SVDD",
     )

@@ -45,6 +45,7 @@ class Trajectory:
     @torch.no_grad()
     def observe(self, model: nn.Module) -> None:
         """Append the measures of ``model``."""
+        assert isinstance(model, DeepSVDD | USFlow)
         truth = standard_normal_log_prob(self.test)
         score = model.score(self.test)
         self.epochs.append(len(self.epochs))
@@ -75,6 +76,7 @@ def svdd_trajectory(dim: int, seed: int, *, samples: int, pretrain_epochs: int, 
         batch_size=256,
         lr=3e-3,
         seed=seed,
+        schedule="cosine",
         monitor=run.observe,
         progress=False,
     )
@@ -86,8 +88,8 @@ def svdd_trajectory(dim: int, seed: int, *, samples: int, pretrain_epochs: int, 
 def usf_trajectory(dim: int, seed: int, *, samples: int, epochs: int, disorder: float = 0.1) -> Trajectory:
     """A USF by maximum likelihood on the same samples.
 
-    An untouched `USFlow` starts near the identity, the very solution for N(0, I_d). To make training do something, normal
-    noise of standard deviation ``disorder`` is first added to every parameter.
+    An untouched `USFlow` starts near the identity, the very solution for N(0, I_d). To leave training something to do,
+    normal noise of standard deviation ``disorder`` is first added to every parameter.
     """
     train, test = _samples(samples, dim, seed)
     torch.manual_seed(seed)
