@@ -179,6 +179,16 @@ class _Coupling(Bijection):
         build = conditioner or (lambda i, o, r: default_conditioner(i, o, r, hidden))
         self.conditioner = build(inside, self._outputs * outside, rank)
 
+    @property
+    def halves(self) -> tuple[slice, slice] | None:
+        """Kept and moved channels where each is a contiguous range, else nothing."""
+        if not self._sliced:
+            return None
+        if self._kept_first:
+            return slice(0, self._kept_channels), slice(self._kept_channels, self.shape[0])
+        start = self.shape[0] - self._kept_channels
+        return slice(start, self.shape[0]), slice(0, start)
+
     def _parameters_of(self, x: Tensor) -> tuple[Tensor, ...]:
         """The conditioner's outputs at ``x``: shaped like what is moved (sliced), or like ``x`` and zero where kept."""
         axis = -len(self.shape)
@@ -342,12 +352,13 @@ class _ChannelLinear(Bijection):
         return math.prod(self.shape[1:])
 
     def _apply_matrix(self, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``matrix`` (c, c) times the channels of ``x``, plus ``bias`` (c,)."""
+        """``matrix`` (k, m) times the m channels of ``x``, plus ``bias`` (k,)."""
         rank = len(self.shape) - 1
         if rank == 0:
             return F.linear(x, matrix, bias)
         flat = x.reshape(-1, x.shape[-rank - 1], math.prod(x.shape[-rank:]))
-        return F.conv1d(flat, matrix[:, :, None], bias).reshape(x.shape)
+        y = F.conv1d(flat, matrix[:, :, None], bias)
+        return y.reshape(*x.shape[: -rank - 1], len(matrix), *x.shape[-rank:])
 
     def _columns(self, x: Tensor) -> Tensor:
         """``x`` as (channels, batch * positions), the right-hand sides of a solve."""
@@ -369,7 +380,8 @@ class LULinear(_ChannelLinear):
     vectors it is a matrix, to sequences and images a 1x1 convolution.
 
     Cost: the product applies U, then L, or their product where the batch is larger than the number of channels; the
-    inverse is two triangular solves, never an explicit inverse.
+    inverse is two triangular solves, with the batch as right-hand sides or, where that is larger, the identity's
+    columns. No matrix is ever inverted by elimination.
 
     Args:
         shape: event shape (channels, *spatial).
@@ -423,16 +435,35 @@ class LULinear(_ChannelLinear):
         """ln|u_i|, shape (c,)."""
         return self.weight.diagonal() if self.diagonal == "learned" else torch.zeros_like(self.signs)
 
+    def _upper(self) -> Tensor:
+        diagonal = self.signs * self.log_diagonal.exp() if self.diagonal == "learned" else self.signs
+        return torch.diagonal_scatter(self.weight.triu(1), diagonal)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(L, U), each (c, c)."""
         eye = torch.eye(self.shape[0], dtype=self.weight.dtype, device=self.weight.device)
-        diagonal = self.signs * self.log_diagonal.exp() if self.diagonal == "learned" else self.signs
-        return self.weight.tril(-1) + eye, self.weight.triu(1) + torch.diag(diagonal)
+        return self.weight.tril(-1) + eye, self._upper()
 
     def matrix(self) -> Tensor:
-        """M = LU, shape (c, c)."""
-        lower, upper = self.factors()
-        return lower @ upper
+        """M = LU = U + (L - 1)U, shape (c, c)."""
+        upper = self._upper()
+        return torch.addmm(upper, self.weight.tril(-1), upper)
+
+    def blocks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """The ``rows`` of M and the ``columns`` of M^-1: all of A that a coupling of halves between A and A^-1 sees."""
+        upper = self._upper()
+        product = torch.addmm(upper[rows], self.weight.tril(-1)[rows], upper)
+        eye = torch.eye(self.shape[0], dtype=self.weight.dtype, device=self.weight.device)
+        return product, self._solve(upper, eye[:, columns])
+
+    def _solve(self, upper: Tensor, columns: Tensor) -> Tensor:
+        """M^-1 ``columns``; what stands on and above the diagonal of ``weight`` is not read in the solve with L."""
+        columns = _solve_triangular(self.weight, columns, upper=False, unitriangular=True)
+        return _solve_triangular(upper, columns, upper=True)
+
+    def is_wide(self, x: Tensor) -> bool:
+        """Whether the batch has more vectors than channels, so that to form matrices costs less than to apply factors."""
+        return x.numel() > self.shape[0] ** 2
 
     def log_abs_det(self) -> Tensor:
         """ln|det dy/dx|, 0-dim."""
@@ -454,16 +485,18 @@ class LULinear(_ChannelLinear):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Mx + ``bias``."""
+        if self.is_wide(x):
+            return self._apply_matrix(self.matrix(), x, bias)
         lower, upper = self.factors()
-        if x.numel() // self.shape[0] > self.shape[0]:
-            return self._apply_matrix(lower @ upper, x, bias)
         return self._apply_matrix(lower, self._apply_matrix(upper, x), bias)
 
     def solve(self, y: Tensor) -> Tensor:
         """M^-1 y, by two triangular solves."""
-        lower, upper = self.factors()
-        columns = _solve_triangular(lower, self._columns(y), upper=False, unitriangular=True)
-        return self._from_columns(_solve_triangular(upper, columns, upper=True), y)
+        upper = self._upper()
+        if self.is_wide(y):
+            eye = torch.eye(self.shape[0], dtype=self.weight.dtype, device=self.weight.device)
+            return self._apply_matrix(self._solve(upper, eye), y)
+        return self._from_columns(self._solve(upper, self._columns(y)), y)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.linear(x, self.bias), self.log_abs_det()
@@ -522,8 +555,9 @@ class Sandwich(Bijection):
     r"""The paper's block: B = A^-1 . C . A (section 2).
 
     The log-determinants of A and A^-1 cancel when A is uniformly scaling, so the block scales volume exactly as C
-    does. For an additive C and an LU map A it is computed as :math:`x + M^{-1}\delta(Mx + b)` with :math:`\delta = C -
-    \mathrm{id}`: one solve, no cancellation, and an inverse of the same cost that differs in a sign.
+    does. For a coupling C and an LU map A it is computed as :math:`x + M^{-1}\delta(Mx + b)` with :math:`\delta = C -
+    \mathrm{id}`. A coupling of halves needs only the moved columns of :math:`M^{-1}`, and an additive one only the kept
+    rows of :math:`M`; its inverse differs in a sign.
 
     Args:
         outer: A.
@@ -548,6 +582,8 @@ class Sandwich(Bijection):
 
     def _conjugate(self, x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
         outer, inner = self.outer, self.inner
+        if isinstance(outer, LULinear) and isinstance(inner, _Coupling) and inner.halves and outer.is_wide(x):
+            return self._conjugate_halves(outer, inner, *inner.halves, x, direction)
         if isinstance(outer, LULinear) and isinstance(inner, AdditiveCoupling):
             step = outer.solve(inner.displacement(outer.linear(x, outer.bias)))
             return x + step if direction > 0 else x - step, x.new_zeros(())
@@ -555,6 +591,19 @@ class Sandwich(Bijection):
         z, through = inner(z) if direction > 0 else inner.inverse(z)
         z, back = outer.inverse(z)
         return z, through if outer.is_uniformly_scaling else into + through + back
+
+    @staticmethod
+    def _conjugate_halves(
+        outer: LULinear, inner: _Coupling, kept: slice, moved: slice, x: Tensor, direction: int
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(inner, AdditiveCoupling):
+            rows, columns = outer.blocks(kept, moved)
+            step = outer._apply_matrix(columns, inner.conditioner(outer._apply_matrix(rows, x, outer.bias[kept])))
+            return x + step if direction > 0 else x - step, x.new_zeros(())
+        rows, columns = outer.blocks(slice(None), moved)
+        z = outer._apply_matrix(rows, x, outer.bias)
+        y, through = inner(z) if direction > 0 else inner.inverse(z)
+        return x + outer._apply_matrix(columns, inner._moved(y) - inner._moved(z)), through
 
 
 class Chain(Bijection):
