@@ -155,6 +155,11 @@ RAW_MATH = r"""() => {
   return found;
 }"""
 
+SQUEEZED = r"""() => [...document.querySelectorAll("article img")].filter(i => {
+  const shown = i.getBoundingClientRect();
+  return shown.height > 0 && Math.abs(shown.width / shown.height / (i.naturalWidth / i.naturalHeight) - 1) > .03;
+}).map(i => i.src)"""
+
 CONTRAST = r"""selector => {
   const rgb = text => { const v = text.match(/[\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
   const luminance = c => {
@@ -195,6 +200,7 @@ def test_page(name: str, visit: Visit) -> None:
     for size in (WIDE, NARROW):
         page.set_viewport_size(size)  # type: ignore[arg-type]
         page.wait_for_timeout(100)
+        assert page.evaluate(SQUEEZED) == [], "images out of proportion"
         width = page.evaluate("() => document.documentElement.scrollWidth")
         assert width <= size["width"], f"the page is {width} px wide in a window of {size['width']} px"
     visit.clean()

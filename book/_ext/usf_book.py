@@ -30,7 +30,6 @@ from sphinx.application import Sphinx
 MATHJAX = ("tex-chtml.js", "a11y", "sre", "input/tex", "output/chtml")
 """The parts of MathJax that a page can load; the package's other parts are alternatives to these."""
 
-_CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _KERNELSPEC = re.compile(r"^kernelspec:[^\n]*\n", re.MULTILINE)
 
 
@@ -106,10 +105,8 @@ class Fingerprints:
             self._imports[path] = self._modules(path.read_text("utf8"), package)
         return self._imports[path]
 
-    def sources(self, chapter: str) -> list[Path]:
+    def sources(self, code: str) -> list[Path]:
         """The files under ``src/`` that a chapter's code runs, found without running it."""
-        cells = "\n".join(cell for cell in _CELL.findall(chapter))
-        code = "\n".join(line for line in cells.splitlines() if not re.match(r"\s*[:%!?]|---", line))
         try:
             todo = set(self._modules(code))
         except SyntaxError:  # the execution will say so; until then depend on everything
@@ -124,31 +121,52 @@ class Fingerprints:
                 todo |= self._module_imports(path)
         return sorted(files)
 
-    def of(self, chapter: str) -> str:
-        """The fingerprint of a chapter, given its text."""
-        lines = [f"{path.relative_to(self.src)} {self._digest(path)}" for path in self.sources(chapter)]
+    def of(self, code: str) -> str:
+        """The fingerprint of a chapter, given its code."""
+        lines = [f"{path.relative_to(self.src)} {self._digest(path)}" for path in self.sources(code)]
         if any(line.startswith("usf/study/status.py ") for line in lines):  # it lists the chapters there are
             lines += self.headings
         return hashlib.sha256("\n".join(self.common + lines).encode()).hexdigest()[:16]
 
 
+def read(env: Any, docname: str, fingerprint: str = "") -> tuple[Any, Any] | None:
+    """A chapter as Jupyter Book will see it: (reader, notebook), or ``None`` for a page without cells."""
+    path = Path(env.doc2path(docname))
+    text = signed(path.read_text("utf8"), fingerprint)
+    reader = create_nb_reader(str(path), env.myst_config, env.mystnb_config, text)
+    return None if reader is None else (reader, reader.read(text))
+
+
 def outdated(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
-    """Have Sphinx read again every chapter whose fingerprint is no longer the one it was read with."""
+    """Have Sphinx read again every chapter whose fingerprint is no longer the one it was read with.
+
+    All of them where the style sheet or this file changed, which Sphinx does not watch.
+    """
+    assets = [path for folder in ("_static", "_ext") for path in Path(app.srcdir, "book", folder).glob("*.*")]
+    look = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(assets))).hexdigest()
     fingerprints = Fingerprints(Path(app.srcdir))
-    env.usf_fingerprints_before = getattr(env, "usf_fingerprints", {})
-    env.usf_fingerprints = {
-        name: fingerprints.of(Path(env.doc2path(name)).read_text("utf8")) for name in env.found_docs
-    }
-    return [name for name, value in env.usf_fingerprints.items() if env.usf_fingerprints_before.get(name) != value]
+    before = getattr(env, "usf_fingerprints", {}) if getattr(env, "usf_look", "") == look else {}
+    env.usf_look = look
+    env.usf_fingerprints = {}
+    for name in env.found_docs:
+        env.usf_fingerprints[name] = ""
+        if (found := read(env, name)) is not None:
+            cells = [cell.source for cell in found[1].cells if cell.cell_type == "code"]
+            code = "\n".join(
+                line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))
+            )
+            env.usf_fingerprints[name] = fingerprints.of(code)
+    return [name for name in env.found_docs if name not in before or before[name] != env.usf_fingerprints[name]]
 
 
 def sign(app: Sphinx, docname: str, source: list[str]) -> None:
     """Write the fingerprint into the kernel's metadata, which Jupyter Book's cache takes into its key."""
-    source[0] = _signed(source[0], app.env.usf_fingerprints[docname])  # type: ignore[attr-defined]
+    source[0] = signed(source[0], app.env.usf_fingerprints.get(docname, ""))  # type: ignore[attr-defined]
 
 
-def _signed(text: str, fingerprint: str) -> str:
-    return _KERNELSPEC.sub(lambda match: f"{match[0]}  fingerprint: {fingerprint}\n", text, count=1)
+def signed(text: str, fingerprint: str) -> str:
+    """A chapter's text with its fingerprint in the front matter."""
+    return _KERNELSPEC.sub(lambda match: f"{match[0]}  fingerprint: '{fingerprint}'\n", text, count=1)
 
 
 def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
@@ -162,23 +180,18 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
     cache = get_cache(config.execution_cache_path)
     todo = []
     for name in docnames:
-        path = Path(env.doc2path(name))
-        text = _signed(path.read_text("utf8"), env.usf_fingerprints[name])
-        reader = create_nb_reader(str(path), env.myst_config, config, text)
-        if reader is None:
-            continue
-        notebook = reader.read(text)
-        try:
-            cache.match_cache_notebook(notebook)
-        except KeyError:
-            todo.append((name, path, reader, notebook))
+        if (found := read(env, name, env.usf_fingerprints.get(name, ""))) is not None:
+            try:
+                cache.match_cache_notebook(found[1])
+            except KeyError:
+                todo.append((name, *found))
     if not todo:
         return
     cores = os.cpu_count() or 1
     jobs = min(len(todo), cores)
 
-    def run(item: tuple[str, Path, Any, Any]) -> Any:
-        name, _, _, notebook = item
+    def run(item: tuple[str, Any, Any]) -> Any:
+        name, _, notebook = item
         print(f"executing {name} ...", flush=True)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -202,9 +215,9 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
     finally:
         if previous is None:
             del os.environ["OMP_NUM_THREADS"]
-    for (_, path, reader, notebook), result in zip(todo, results, strict=True):
+    for (name, reader, notebook), result in zip(todo, results, strict=True):
         if result.err is None:
-            record = cache.add_nb_to_project(str(path), read_data=reader.read_fmt)
+            record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
             bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
             cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
 
