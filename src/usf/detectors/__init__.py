@@ -6,6 +6,7 @@ anomalib is imported when a detector is first asked for, not with this package: 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from usf.detectors.backbones import Weights, resolve
@@ -27,7 +28,10 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    with warnings.catch_warnings():
+        # anomalib's own imports warn of what anomalib itself deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

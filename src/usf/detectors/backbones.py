@@ -18,7 +18,7 @@ import os
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -268,7 +268,7 @@ def _unreachable(pinned: Pinned, timeout: float) -> str:
     return answer[0] if answer else f"the hub did not answer within {timeout:g} s"
 
 
-def _features_only(backbone: str, **kwargs: bool) -> nn.Module:
+def _features_only(backbone: str, **kwargs: Any) -> nn.Module:
     import timm
 
     network: nn.Module = timm.create_model(

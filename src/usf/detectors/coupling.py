@@ -1,9 +1,9 @@
 """The block that anomalib's flow detectors are built from, with a chosen coupling and mixing.
 
-anomalib's FastFlow, CFlow and U-Flow all stack ``AllInOneBlock``: an affine coupling, a learned scale per channel, a hard
-random permutation. :class:`Block` keeps its interface, its parameters' names and its order of random draws, and replaces
-two methods: the coupling (``_affine``) and the mixing (``_permute``). :func:`building_with` puts it in the place of the
-original while a detector is constructed, so that the detector's own code stays anomalib's.
+anomalib's FastFlow, CFlow and U-Flow all stack ``AllInOneBlock``: an affine coupling, a learned scale per channel, a
+hard random permutation. :class:`Block` keeps its interface, its parameters' names and its order of random draws, and
+replaces two methods: the coupling (``_affine``) and the mixing (``_permute``). :func:`building_with` puts it in the
+place of the original while a detector is constructed, so that the detector's own code stays anomalib's.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class FlowOptions:
             M = LU + bias as a 1x1 convolution, starting at the identity.
         diagonal: of U in ``mixing="lu"``: ``"fixed"`` holds it at one (the paper's "fixed diagonal magnitudes"),
             ``"learned"`` trains its logarithm.
-        global_scale: keep anomalib's learned scale per channel. Constant over inputs, so a uniformly scaling flow may have
-            it; without it, and with a fixed diagonal, every log-determinant is exactly zero.
-        train_layer_norm: train the layer normalisation that anomalib puts before the flow. Its Jacobian is not counted in
-            the loss, so that training it lets the likelihood grow without bound.
+        global_scale: keep anomalib's learned scale per channel. Constant over inputs, so a uniformly scaling flow may
+            have it; without it, and with a fixed diagonal, every log-determinant is exactly zero.
+        train_layer_norm: train the layer normalisation that anomalib puts before the flow. Its Jacobian is not counted
+            in the loss, so that training it lets the likelihood grow without bound.
 
     Raises:
         ValueError: an unknown value, naming the option.
@@ -73,7 +73,7 @@ class FlowOptions:
         return self.coupling != "affine"
 
 
-class Block(AllInOneBlock):  # type: ignore[misc]  # FrEIA is untyped
+class Block(AllInOneBlock):
     """anomalib's ``AllInOneBlock`` with a chosen coupling and mixing; same interface, any input rank.
 
     The first half of the channels x1 passes, the second half becomes
@@ -91,6 +91,11 @@ class Block(AllInOneBlock):  # type: ignore[misc]  # FrEIA is untyped
     Raises:
         ValueError: for settings of anomalib's block that no detector uses and that this one does not implement.
     """
+
+    # What the parent's constructor sets without saying the type, or leaves empty for settings that are refused here.
+    w_perm: nn.Parameter
+    w_perm_inv: nn.Parameter
+    permute_function: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class Block(AllInOneBlock):  # type: ignore[misc]  # FrEIA is untyped
                 return full(channels_in, channels_out // 2)
 
             subnet_constructor = shift_only
-        super().__init__(dims_in, subnet_constructor=subnet_constructor, **kwargs)
+        super().__init__(dims_in, subnet_constructor=subnet_constructor, **kwargs)  # type: ignore[arg-type]  # any rank
         self.options = options
         self.lu = LULinear(dims_in[0], diagonal=options.diagonal) if options.mixing == "lu" else None
         if not options.global_scale:
@@ -146,8 +151,8 @@ class Block(AllInOneBlock):  # type: ignore[misc]  # FrEIA is untyped
             if self.lu is not None:
                 x = self.lu.solve(x - self.lu.bias.reshape(self.global_offset.shape))
             return (self.permute_function(x, self.w_perm_inv) - self.global_offset) / scale, self._with_diagonal(ladj)
-        # One convolution for scale, offset, permutation, L and U: the product of the small matrices costs less than one more
-        # pass over the feature map, forwards and backwards.
+        # One convolution for scale, offset, permutation, L and U: the product of the small matrices costs less than one
+        # more pass over the feature map, forwards and backwards.
         mixing = self.w_perm.flatten(1) if self.lu is None else self.lu.matrix() @ self.w_perm.flatten(1)
         bias = mixing @ self.global_offset.flatten()
         if self.lu is not None:

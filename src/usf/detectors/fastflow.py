@@ -1,7 +1,7 @@
 """FastFlow (Yu et al., 2021) with a chosen coupling, as an anomalib Lightning model.
 
-Each stage of a frozen backbone gives a feature map; a layer normalisation and a two-dimensional flow of eight steps with
-alternating 3x3 and 1x1 convolutions maps it to a latent map of the same shape (paper, section 5.1). The score of a
+Each stage of a frozen backbone gives a feature map; a layer normalisation and a two-dimensional flow of eight steps
+with alternating 3x3 and 1x1 convolutions maps it to a latent map of the same shape (paper, section 5.1). The score of a
 position is its mean squared latent, in the log domain; the score of an image is the largest of its map.
 """
 
@@ -17,8 +17,9 @@ from anomalib.metrics import AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.models.image.fastflow import lightning_model, torch_model
 from anomalib.models.image.fastflow.loss import FastflowLoss
+from anomalib.visualization import Visualizer
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
@@ -29,7 +30,7 @@ __all__ = ["Fastflow", "FastflowModel", "Score"]
 Score = Literal["norm", "anomalib"]
 
 
-class FastflowModel(torch_model.FastflowModel):  # type: ignore[misc]  # anomalib's stages are untyped
+class FastflowModel(torch_model.FastflowModel):
     """anomalib's ``FastflowModel`` with a chosen block, known weights, and its parts callable one by one.
 
     Args:
@@ -94,12 +95,13 @@ class FastflowModel(torch_model.FastflowModel):  # type: ignore[misc]  # anomali
             log_dets.append(log_det)
         return hidden, log_dets
 
-    def maps(self, hidden: Sequence[Tensor]) -> Tensor:
-        """Latent maps -> anomaly map (N, 1, H, W) at the input size; depends on one image at a time.
+    def maps(self, hidden: Sequence[Tensor], score: Score | None = None) -> Tensor:
+        """Latent maps -> anomaly map (N, 1, H, W) at the input size, by ``score`` (by default the model's own).
 
-        ``"norm"`` is a negative log-likelihood per channel, up to a constant, for a uniformly scaling flow.
+        An image's map depends on that image alone. Before it is resized, the ``"norm"`` map of a stage is, for a
+        uniformly scaling flow, the negative log-likelihood per channel and position up to a constant.
         """
-        if self.score == "anomalib":
+        if (score or self.score) == "anomalib":
             stock: Tensor = self.anomaly_map_generator(list(hidden))
             return stock
         levels = [
@@ -126,7 +128,7 @@ class FastflowModel(torch_model.FastflowModel):  # type: ignore[misc]  # anomali
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-class Fastflow(lightning_model.Fastflow):  # type: ignore[misc]  # Lightning's hooks are untyped in anomalib
+class Fastflow(lightning_model.Fastflow):
     """anomalib's ``Fastflow`` as a uniformly scaling flow (the default), or with any other coupling.
 
     ``Fastflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps,
@@ -152,7 +154,7 @@ class Fastflow(lightning_model.Fastflow):  # type: ignore[misc]  # Lightning's h
         flow_steps: int = 8,
         conv3x3_only: bool = False,
         hidden_ratio: float = 1.0,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
         coupling: Coupling = "additive",
         mixing: Mixing = "lu",
         diagonal: Diagonal = "fixed",
@@ -162,9 +164,10 @@ class Fastflow(lightning_model.Fastflow):  # type: ignore[misc]  # Lightning's h
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
-        visualizer: nn.Module | bool = True,
+        visualizer: Visualizer | bool = True,
     ) -> None:
-        # anomalib's own constructor would build the stock network first; what it does besides is the four attributes below.
+        # anomalib's own constructor would build the stock network first; what it does besides is the four attributes
+        # below.
         AnomalibModule.__init__(
             self,
             pre_processor=pre_processor,

@@ -1,7 +1,8 @@
 """The fast path: train and evaluate an image detector on frozen features, without a trainer around it.
 
-One epoch here is one epoch of anomalib's ``Engine`` on the same features: same loss, same optimiser. What is gone is what
-does not change the result: the backbone in every step, data-loader workers, checkpoints and test metrics in every epoch.
+One epoch here is one epoch of anomalib's ``Engine`` on the same features: same loss, same optimiser. What is gone is
+what does not change the result: the backbone in every step, data-loader workers, checkpoints and test metrics in every
+epoch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from usf.study.metrics import auroc
 
 if TYPE_CHECKING:
     from usf.detectors import FastflowModel, FlowOptions
+    from usf.detectors.fastflow import Score
 
 __all__ = ["Evaluation", "FitHistory", "build", "evaluate", "fit", "nll"]
 
@@ -62,12 +64,19 @@ class Evaluation:
     Attributes:
         maps: anomaly maps at the input size, (N, size, size), float32.
         scores: one per image, the maximum of its map, (N,).
-        log_dets: log-determinant of each stage's flow per image, (N, stages), nats.
+        energies: half the squared norm of all latents of an image, (N,), float64, nats.
+        log_dets: log-determinant of each stage's flow per image, (N, stages), float32, nats.
     """
 
     maps: NDArray[np.float32]
     scores: NDArray[np.float32]
+    energies: NDArray[np.float64]
     log_dets: NDArray[np.float32]
+
+    @property
+    def nll(self) -> NDArray[np.float64]:
+        """Negative log-likelihood of each image's features, (N,), nats, without the constant of the base density."""
+        return np.asarray(self.energies - self.log_dets.astype(np.float64).sum(axis=1))
 
     def image_auroc(self, labels: NDArray[np.bool_]) -> float:
         """Area under the ROC curve over images; ``labels`` (N,)."""
@@ -174,8 +183,8 @@ def fit(
                 value = loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"{label} (coupling {model.options.coupling}): the loss is {value} at epoch {epoch}, step {steps + 1}. "
-                        "Lower the learning rate, or look for images that are empty or corrupt"
+                        f"{label} (coupling {model.options.coupling}): the loss is {value} at epoch {epoch}, "
+                        f"step {steps + 1}. Lower the learning rate, or look for images that are empty or corrupt"
                     )
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -198,27 +207,37 @@ def fit(
     if best is not None:
         model.load_state_dict(best)
     model.eval()
-    return FitHistory(history, held_out, time.perf_counter() - start, steps, best_epoch if best is not None else len(history))
+    return FitHistory(
+        history, held_out, time.perf_counter() - start, steps, best_epoch if best is not None else len(history)
+    )
 
 
-def evaluate(model: FastflowModel, features: Features, *, batch_size: int = 16) -> Evaluation:
+def evaluate(
+    model: FastflowModel, features: Features, *, score: Score | None = None, batch_size: int = 16
+) -> Evaluation:
     """Maps, scores and log-determinants; every image on its own, whatever the batch.
+
+    Args:
+        model: trained or not; left in evaluation mode.
+        features: of test images.
+        score: how latents become a map, by default the model's own way.
+        batch_size: images at a time.
 
     Raises:
         FloatingPointError: a score that is not finite; names the first image by its position.
     """
     model.eval()
     device = next(model.parameters()).device
-    maps, log_dets = [], []
+    maps, energies, log_dets = [], [], []
     with torch.inference_mode():
         for part in batches(len(features), batch_size):
             hidden, dets = model.latents([level.to(device) for level in features.batch(part)])
-            maps.append(model.maps(hidden)[:, 0].cpu())
+            maps.append(model.maps(hidden, score)[:, 0].cpu())
+            energies.append(torch.stack([0.5 * z.double().square().sum(dim=(1, 2, 3)) for z in hidden]).sum(0).cpu())
             log_dets.append(torch.stack([det.expand(len(hidden[0])) for det in dets], dim=1).cpu())
     anomaly = torch.cat(maps).numpy()
     scores = anomaly.max(axis=(1, 2))
     if not np.isfinite(scores).all():
-        raise FloatingPointError(
-            f"the score of image {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite (coupling {model.options.coupling})"
-        )
-    return Evaluation(anomaly, scores, torch.cat(log_dets).numpy())
+        first = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise FloatingPointError(f"the score of image {first} is not finite (coupling {model.options.coupling})")
+    return Evaluation(anomaly, scores, torch.cat(energies).numpy(), torch.cat(log_dets).numpy())

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from usf.study.images import batches, load_images, normalise
 
-__all__ = ["Features", "FeatureCacheError", "extract"]
+__all__ = ["FeatureCacheError", "Features", "extract"]
 
 DONE = "features.json"
 

@@ -1,7 +1,8 @@
 """Folders of images in MVTec layout, checked before anything is trained on them.
 
-``CLASS/train/good/*.png``, ``CLASS/test/DEFECT/*.png``, ``CLASS/ground_truth/DEFECT/*_mask.png``; ``test/good`` holds the
-normal test images, which have no mask. Every problem is an :class:`ImageFolderError` that names the file and the remedy.
+``CLASS/train/good/*.png``, ``CLASS/test/DEFECT/*.png``, ``CLASS/ground_truth/DEFECT/*_mask.png``; ``test/good`` holds
+the normal test images, which have no mask. Every problem is an :class:`ImageFolderError` that names the file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from usf import paths
 
@@ -129,8 +130,9 @@ class ImageFolder:
         """One line for outputs, captions and records."""
         bad = int(self.labels.sum())
         return (
-            f"{self.name} from {self.source}: {len(self.train)} normal images to train on, {len(self.test) - bad} normal and "
-            f"{bad} anomalous ones ({len(self.defects)} kinds of defect) to test on, manifest {self.manifest.sha256[:12]}"
+            f"{self.name} from {self.source}: {len(self.train)} normal images to train on, "
+            f"{len(self.test) - bad} normal and {bad} anomalous ones ({len(self.defects)} kinds of defect) to test on, "
+            f"manifest {self.manifest.sha256[:12]}"
         )
 
     def subset(self, train: int | None = None, per_kind: int | None = None) -> ImageFolder:
@@ -167,7 +169,9 @@ def _class_folder(root: Path) -> Path:
     if len(classes) == 1:
         return root / classes[0]
     if classes:
-        raise ImageFolderError(f"{root} holds {len(classes)} classes: pass the folder of one of them: {', '.join(classes)}")
+        raise ImageFolderError(
+            f"{root} holds {len(classes)} classes: pass the folder of one of them: {', '.join(classes)}"
+        )
     raise ImageFolderError(f"{root} has no train/ folder: MVTec layout is needed ({LAYOUT})")
 
 
@@ -221,15 +225,17 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
         source: what captions say; by default recognised from the folder's name.
 
     Raises:
-        ImageFolderError: a missing or empty folder, no normal training image, no anomalous or no normal test image, a file
-            that is not an image or is truncated, a mask that is missing, empty, or of another size than its image.
+        ImageFolderError: a missing or empty folder, no normal training image, no anomalous or no normal test image, a
+            file that is not an image or is truncated, a mask that is missing, empty, or of another size than its image.
     """
     root = _class_folder(Path(folder).expanduser().resolve())
     train_folder, test_folder = root / "train" / "good", root / "test"
     if not train_folder.is_dir():
         raise ImageFolderError(f"{train_folder} does not exist: put the normal training images there")
     if extra := [path.name for path in _subfolders(root / "train") if path.name != "good"]:
-        raise ImageFolderError(f"{root / 'train'} holds {', '.join(extra)} besides good: training images must be normal")
+        raise ImageFolderError(
+            f"{root / 'train'} holds {', '.join(extra)} besides good: training images must be normal"
+        )
     train = _listing(train_folder)
     if not train:
         raise ImageFolderError(f"{train_folder} is empty: put the normal training images there")
@@ -261,7 +267,9 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
         if sample.mask is None:
             if masks:
                 expected = root / "ground_truth" / sample.defect / f"{sample.path.stem}_mask.png"
-                raise ImageFolderError(f"{sample.path} has no mask: put it at {expected}, or ask for image-level numbers alone")
+                raise ImageFolderError(
+                    f"{sample.path} has no mask: put it at {expected}, or ask for image-level numbers alone"
+                )
             continue
         mask_size = _check_decodes(sample.mask)
         if mask_size != size:
@@ -270,7 +278,9 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
                 "masks must have the size of their image"
             )
         if not _mask_array(sample.mask).any():
-            raise ImageFolderError(f"{sample.mask} marks no pixel: an anomalous image needs a mask with values above 127")
+            raise ImageFolderError(
+                f"{sample.mask} marks no pixel: an anomalous image needs a mask with values above 127"
+            )
 
     parts = [("train/good", path) for path in train]
     parts += [(f"test/{sample.defect}", sample.path) for sample in samples]
@@ -282,7 +292,8 @@ def find(images: str | Path | None = None, *, small: bool = False) -> ImageFolde
     """The images of a chapter: the folder asked for, else MVTec's bottle under ``../shared``, else the built-in set.
 
     Args:
-        images: a folder in MVTec layout; ``None`` (or ``""``) for the stated order, ``"built-in"`` for the built-in set.
+        images: a folder in MVTec layout; ``None`` (or ``""``) for the stated order, ``"built-in"`` for the built-in
+            set.
         small: where the built-in set is used, its first few images of every kind (seconds, for tests).
 
     Raises:
@@ -310,7 +321,8 @@ def _mask_array(path: Path) -> NDArray[np.bool_]:
 def load_images(files: Sequence[Path], size: int) -> Tensor:
     """Decode and resize to ``size`` x ``size``: (N, 3, size, size), float32 in [0, 1].
 
-    Bilinear with antialiasing, as anomalib's and torchvision's ``Resize``; images that have the size already are not touched.
+    Bilinear with antialiasing, as anomalib's and torchvision's ``Resize``; images that have the size already are not
+    touched.
     """
     out = torch.empty(len(files), 3, size, size)
     for index, path in enumerate(files):

@@ -4,14 +4,15 @@ For machines without real images, and for tests. Every normal image differs (pha
 grain), and most defects are faint or purely structural, so that neither the mean colour nor the brightness tells an
 anomaly; a detector has to know the weave.
 
-Integers only: draws come from the raw PCG64 stream, geometry is fixed-point, and there is no call into a platform's libm.
-The pixels are therefore the same everywhere, and :data:`SHA256` holds their hash.
+Integers only: draws come from the raw PCG64 stream, geometry is fixed-point, and there is no call into a platform's
+libm. The pixels are therefore the same everywhere, and :data:`SHA256` holds their hash.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -171,9 +172,7 @@ def _line(start: tuple[int, int], end: tuple[int, int], half_width: int) -> Mask
 def _curve(draws: _Draws, reach: int, half_width: int, pieces: int = 24) -> Mask:
     """A quadratic Bezier curve through the image, ``reach`` pixels across."""
     row, column = _place(draws, 40)
-    knots = [
-        ((row + draws.one(-reach, reach)) * UNIT, (column + draws.one(-reach, reach)) * UNIT) for _ in range(3)
-    ]
+    knots = [((row + draws.one(-reach, reach)) * UNIT, (column + draws.one(-reach, reach)) * UNIT) for _ in range(3)]
     points = [
         tuple(
             ((pieces - t) ** 2 * a + 2 * t * (pieces - t) * b + t * t * c) // pieces**2
@@ -182,7 +181,7 @@ def _curve(draws: _Draws, reach: int, half_width: int, pieces: int = 24) -> Mask
         for t in range(pieces + 1)
     ]
     mask = np.zeros((SIZE, SIZE), bool)
-    for (r0, c0), (r1, c1) in zip(points[:-1], points[1:], strict=True):
+    for (r0, c0), (r1, c1) in itertools.pairwise(points):
         mask |= _line((r0, c0), (r1, c1), half_width)
     return mask
 
@@ -350,8 +349,8 @@ def _intact(folder: Path, small: bool) -> bool:
 def ensure(*, small: bool = False) -> Path:
     """The class folder of the built-in set in the cache, made if need be (seconds), verified on every call.
 
-    A damaged copy is replaced, with a line that says so. Written beside its place and moved there when complete, so that an
-    interrupted run leaves nothing half done, and two processes may do it at the same time.
+    A damaged copy is replaced, with a line that says so. Written beside its place and moved there when complete, so
+    that an interrupted run leaves nothing half done, and two processes may do it at the same time.
 
     Args:
         small: a few images of every kind, for tests.
