@@ -62,9 +62,9 @@ def two_views(moons: Moons, svdd: DeepSVDD, flow: Flow) -> Figure:
         levels = np.quantile(root.numpy(), QUANTILES)
         surface = model.score(grid.reshape(-1, 2)).reshape(grid.shape[:-1])
         surface = surface.sqrt() if model is svdd else surface
-        _points(left, shown_normal, "normal")
+        _points(left, shown_normal, "normal", alpha=0.45)
         _points(left, shown_outliers, "anomaly")
-        left.contour(axis, axis, surface.numpy(), levels=levels, colors=COLORS[key], linestyles=_STYLES, linewidths=1.5)
+        left.contour(axis, axis, surface.numpy(), levels=levels, colors=COLORS[key], linestyles=_STYLES, linewidths=1.8)
         _square(left, 3.05)
         left.set(title=f"{name}: data space", xlabel="$x_1$", ylabel="$x_2$")
 
