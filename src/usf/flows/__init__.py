@@ -22,6 +22,7 @@ from usf.flows.check import CheckReport, check
 from usf.flows.conditioners import MLP, ConvConditioner
 from usf.flows.export import to_onnx
 from usf.flows.flow import Flow, NonUSFlow, USFlow
+from usf.flows.radial import LaplaceBase, RadialBase
 
 __all__ = [
     "MLP",
@@ -38,7 +39,9 @@ __all__ = [
     "GaussianBase",
     "GinCoupling",
     "LULinear",
+    "LaplaceBase",
     "NonUSFlow",
+    "RadialBase",
     "Sandwich",
     "USFlow",
     "alternating_mask",

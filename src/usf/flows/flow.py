@@ -321,9 +321,9 @@ def _as_matrix(layer: LULinear | DenseLinear, inverted: bool) -> tuple[Tensor, T
 
 
 def _base_from(stored: dict[str, Any], shape: tuple[int, ...]) -> Base:
-    from usf.flows import bases
+    from usf.flows.radial import LaplaceBase, RadialBase
 
-    known: dict[str, type[Base]] = {"GaussianBase": bases.GaussianBase}
+    known: dict[str, type[Base]] = {c.__name__: c for c in (GaussianBase, LaplaceBase, RadialBase)}
     if stored["name"] not in known:
         raise ValueError(f"unknown base distribution {stored['name']!r}; known: {sorted(known)}")
     return known[stored["name"]](shape, **stored["settings"])
