@@ -228,7 +228,7 @@ class SplineLaw(Law):
 class RadialBase(Base):
     r"""A density of the norm alone: :math:`p(z) = f(r) / (d\,|B_p|\,r^{d-1})` with :math:`r = \|z - c\|_p`.
 
-    f is the law of the norm. Samples are a norm times an independent direction, uniform with respect to the cone measure
+    f is the law of the norm. Samples are a norm times an independent direction, uniform in the cone measure
     of the unit sphere.
 
     Where the density falls with the distance for every value of the parameters, the anomaly score is the distance.
