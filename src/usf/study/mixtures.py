@@ -405,7 +405,7 @@ def run(
     """Run what is missing of a study; returns all records, ordered by dimension, model and trial.
 
     Trials of one model and dimension are sequential, because each suggestion learns from those before it; those of
-    different ones run side by side, the dearest first.
+    different ones run side by side, in rounds, the dearest of a round first.
 
     Args:
         settings: the study.
@@ -448,6 +448,8 @@ def run(
             while True:
                 busy = set(running.values())
                 ready = [key for key in queue if key not in busy and len(done[key]) < settings.trials]
+                # In rounds: a study that is cut short has something of everything.
+                ready.sort(key=lambda key: len(done[key]))
                 for key in ready[: jobs - len(running)]:
                     running[pool.submit(run_trial, suggest(settings, *key, done[key]), folder, name)] = key
                 if not running:
