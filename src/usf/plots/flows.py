@@ -18,7 +18,7 @@ from matplotlib.patches import Circle
 from scipy import stats
 from torch import Tensor
 
-from usf.flows import Bijection, Flow
+from usf.flows import Bijection, Flow, GaussianBase
 from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, INK
 from usf.study.targets import Target
 
@@ -54,6 +54,10 @@ def _fill(axis: Axes, outlines: Tensor, values: Tensor, norm: Normalize, width: 
         list(outlines.numpy()), array=values.numpy(), cmap=DIVERGING_CMAP, norm=norm, edgecolor=INK, linewidth=width
     )
     axis.add_collection(polygons)
+
+
+def _center(flow: Flow) -> Tensor:
+    return flow.base.center if isinstance(flow.base, GaussianBase) else torch.zeros(())
 
 
 def _bare(axis: Axes) -> None:
@@ -136,7 +140,7 @@ def volume_maps(
         )
         _density_contours(left, target, extent)
         left.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", ylabel=title)
-        latent = flow.latent(points) - flow.base.center
+        latent = flow.latent(points) - _center(flow)
         right.scatter(
             *latent.T,
             c=at_points - mean,
@@ -173,7 +177,7 @@ def pulled_back_grids(
     norm = Normalize(-limit, limit)
     dtype = points.dtype
     for axis, (title, flow) in zip(np.atleast_1d(axes), flows.items(), strict=True):
-        outlines = flow.inverse(grid_cells(radius, cells).to(dtype) + flow.base.center).double()
+        outlines = flow.inverse(grid_cells(radius, cells).to(dtype) + _center(flow)).double()
         areas = cell_areas(outlines)
         _fill(axis, outlines, (areas / areas.mean()).log(), norm, 0.5)
         axis.scatter(*points.T, s=2, color=INK, alpha=0.55, linewidth=0, rasterized=True)
@@ -300,7 +304,7 @@ def log_det_histograms(samples: Mapping[str, Array], sigma: float, colors: Seque
     grid = np.linspace(-4 * sigma, 4 * sigma, 400)
     bins = np.linspace(-4 * sigma, 4 * sigma, 121)
     for (label, values), color in zip(samples.items(), colors, strict=True):
-        axis.hist(values, bins, density=True, color=color, alpha=0.55, label=label)
+        axis.hist(values, bins.tolist(), density=True, color=color, alpha=0.55, label=label)
     axis.plot(
         grid, stats.norm(0, sigma).pdf(grid), color=COLORS["oracle"], linestyle="--", label=rf"$N(0,\,{sigma:g}^2)$"
     )
