@@ -1,0 +1,75 @@
+"""The table of ``benchmarks/flows.py``: how long other libraries take, relative to this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from usf import paths
+
+MEASURES = {"log_prob": "log-density", "step": "training step", "sample": "sampling", "training": "whole training"}
+
+
+def load(path: str | Path | None = None) -> pd.DataFrame:
+    """The benchmark's records, one row a model, architecture, measure, dimension and batch size.
+
+    Args:
+        path: CSV file; the committed one by default.
+
+    Raises:
+        FileNotFoundError: when there are no records, saying how they are made.
+    """
+    path = paths.results("benchmarks", "flows.csv") if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no records at {path.name}: run benchmarks/flows.py")
+    return pd.read_csv(path)
+
+
+def table(path: str | Path | None = None, architecture: str = "sandwich") -> pd.DataFrame:
+    """Time of each peer over the time of usf, as ``median [quartiles]``; above 1 the peer is slower.
+
+    Rows: measure and peer. Columns: dimension and batch size. What could not be measured shows its status.
+
+    Args:
+        path: the records; the committed ones by default.
+        architecture: ``"sandwich"``, ``"plain"`` or ``"affine"``.
+
+    Raises:
+        ValueError: when the records hold no such architecture.
+    """
+    rows = load(path)
+    known = sorted(rows["architecture"].unique())
+    if architecture not in known:
+        raise ValueError(f"no records of architecture {architecture!r}; there are {known}")
+    rows = rows[(rows["architecture"] == architecture) & (rows["model"] != "usf")]
+    cells = [
+        f"{r.ratio:.2g} [{r.ratio_q25:.2g}, {r.ratio_q75:.2g}]" if r.status == "ok" else str(r.status)
+        for r in rows.itertuples()
+    ]
+    tidy = rows.assign(cell=cells, measure=rows["measure"].map(MEASURES))
+    order = list(dict.fromkeys(zip(tidy["measure"], tidy["model"], strict=True)))
+    pivot = tidy.pivot(index=["measure", "model"], columns=["dim", "batch"], values="cell")
+    return pivot.reindex(pd.MultiIndex.from_tuples(order, names=["measure", "peer"])).sort_index(axis=1)
+
+
+def faster_peers(path: str | Path | None = None) -> pd.DataFrame:
+    """The cells in which a peer beats usf: those whose lower three quarters of ratios are below 1.
+
+    Inference-only variants (fused, cached) are left out: they do not do the same work.
+    """
+    rows = load(path)
+    same_work = rows[(rows["status"] == "ok") & ~rows["model"].isin(["usf", "usf fused", "nflows cached"])]
+    columns = ["architecture", "model", "measure", "dim", "batch", "ratio", "ratio_q25", "ratio_q75"]
+    return same_work.loc[same_work["ratio_q75"] < 1, columns].reset_index(drop=True)
+
+
+def slowest_authors(path: str | Path | None = None) -> tuple[float, float]:
+    """Smallest and largest median ratio of the authors' library over all cells of the paper's architecture."""
+    rows = load(path)
+    ratios = rows.loc[
+        (rows["model"] == "authors") & (rows["architecture"] == "sandwich") & (rows["status"] == "ok"), "ratio"
+    ]
+    if ratios.empty:
+        raise ValueError("the records hold no successful measurement of the authors' library")
+    return float(ratios.min()), float(ratios.max())
