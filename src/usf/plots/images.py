@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -27,13 +28,13 @@ def anomaly_maps(
 ) -> Figure:
     """One column per image: the image with the outline of its defect, the ground truth, and one map per detector.
 
-    Each detector has one colour scale for all its maps, from the median of the normal pixels (black) to the 99.5th
-    percentile of all pixels shown, so that a normal image may be compared with an anomalous one.
+    Each detector has one logarithmic colour scale for all its maps, from the median of the normal pixels (black) to the
+    99.5th percentile of all pixels shown, so that a normal image may be compared with an anomalous one.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
         masks: (N, H, W), true where the defect is.
-        maps: label -> (N, H, W), higher is more anomalous.
+        maps: label -> (N, H, W), positive, higher is more anomalous.
         titles: one per image.
 
     Raises:
@@ -44,27 +45,35 @@ def anomaly_maps(
         raise ValueError("images, masks, maps and titles must have the same length")
     rows = 2 + len(maps)
     figure, axes = plt.subplots(
-        rows, count, figsize=(1.55 * count + 0.9, 1.55 * rows + 0.2), squeeze=False, layout="constrained"
+        rows,
+        count + 1,
+        figsize=(1.5 * count + 0.9, 1.5 * rows + 0.2),
+        width_ratios=[1.0] * count + [0.05],
+        squeeze=False,
     )
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     for column, title in enumerate(titles):
         axes[0, column].imshow(images[column].permute(1, 2, 0).clamp(0, 1).numpy())
-        axes[1, column].imshow(masks[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes[0, column].set_title(title.replace("_", " "), fontsize=9)
+        axes[1, column].imshow(masks[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for row, values in enumerate(maps.values(), start=2):
         low = float(np.median(values[~masks]))
-        high = max(float(np.quantile(values, 0.995)), low + 1e-6)
+        high = max(float(np.quantile(values, 0.995)), 1.01 * low)
+        scale = LogNorm(low, high, clip=True)
         for column in range(count):
-            shown = axes[row, column].imshow(values[column], cmap=MAP_CMAP, vmin=low, vmax=high)
+            shown = axes[row, column].imshow(values[column], cmap=MAP_CMAP, norm=scale)
             if masks[column].any():
                 axes[row, column].contour(masks[column], levels=[0.5], colors="white", linewidths=0.7)
-        bar = figure.colorbar(shown, ax=list(axes[row]), fraction=0.03, pad=0.01, extend="both")
-        bar.ax.yaxis.set_major_locator(MaxNLocator(3))
+        ticks = [low, (low * high) ** 0.5, high]
+        bar = figure.colorbar(shown, cax=axes[row, count], ticks=ticks, format="%.2g")
+        bar.ax.minorticks_off()
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
     for row, label in enumerate(("image", "ground truth", *maps)):
         axes[row, 0].set_ylabel(label, fontsize=9)
-    for axis in axes.flat:
+    for axis in axes[:2, count]:
+        axis.set_visible(False)
+    for axis in axes[:, :count].flat:
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
             spine.set_visible(False)

@@ -1,0 +1,256 @@
+"""Reading folders of images, every way in which they are wrong, and features computed once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from usf import paths
+from usf.study import images
+from usf.study.features import FeatureCacheError, Features, extract
+from usf.study.images import ImageFolderError, read
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny class: 3 training images, 2 good and 4 anomalous test images of two kinds, 20 x 24 pixels."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "widget"
+    mask = np.zeros((20, 24))
+    mask[5:9, 6:12] = 255
+    for name in ("train/good", "test/good", "test/crack", "test/dent"):
+        for index in range(3 if name == "train/good" else 2):
+            save(root / name / f"{index:03d}.png", rng.integers(0, 256, (20, 24, 3)))
+            if name in ("test/crack", "test/dent"):
+                save(root / "ground_truth" / name[5:] / f"{index:03d}_mask.png", mask)
+    return root
+
+
+def test_reads_counts_masks_and_order(folder: Path) -> None:
+    found = read(folder)
+    assert found.name == "widget"
+    assert found.defects == ("crack", "dent")
+    assert found.has_masks
+    assert found.manifest.counts == {"masks": 4, "test/crack": 2, "test/dent": 2, "test/good": 2, "train/good": 3}
+    assert [sample.defect for sample in found.test] == ["good"] * 2 + ["crack"] * 2 + ["dent"] * 2
+    assert found.labels.tolist() == [False] * 2 + [True] * 4
+    assert "licence not stated" in found.describe()
+    assert str(folder.parent) not in found.describe()
+    assert read(folder.parent).root == found.root, "a folder with one class stands for the class"
+    small = found.subset(train=1, per_kind=1)
+    assert len(small.train) == 1
+    assert [sample.defect for sample in small.test] == ["good", "crack", "dent"]
+
+
+def test_manifest_depends_on_content_alone(folder: Path, tmp_path: Path) -> None:
+    before = read(folder).manifest
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    assert read(moved).manifest == before
+    with (moved / "train" / "good" / "000.png").open("ab") as file:
+        file.write(b" ")
+    assert read(moved).manifest.sha256 != before.sha256
+
+
+def test_images_and_masks_are_resized_together(folder: Path) -> None:
+    found = read(folder)
+    pixels = images.load_images(found.train, 16)
+    assert pixels.shape == (3, 3, 16, 16)
+    assert pixels.dtype == torch.float32
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    masks = images.load_masks(found.test, 16)
+    assert masks.shape == (6, 16, 16)
+    assert not masks[:2].any()
+    assert masks[2:].any(axis=(1, 2)).all()
+    assert masks[2].mean() == pytest.approx(24 / 480, rel=0.3)
+    normal = images.normalise(torch.ones(1, 3, 2, 2))
+    assert torch.allclose(normal[0, :, 0, 0], torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-4)
+
+
+def test_grey_and_transparent_images_become_rgb(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 255, (20, 24)).astype(np.uint8)).save(folder / "train" / "good" / "000.png")
+    Image.fromarray(rng.integers(0, 255, (20, 24, 4)).astype(np.uint8)).save(folder / "train" / "good" / "001.png")
+    assert images.load_images(read(folder).train, 16).shape == (3, 3, 16, 16)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no training images": (
+        lambda root: shutil.rmtree(root / "train" / "good"),
+        "train/good does not exist.*put the normal",
+    ),
+    "empty training folder": (
+        lambda root: [path.unlink() for path in (root / "train" / "good").iterdir()],
+        "train/good is empty",
+    ),
+    "training images of a defect": (lambda root: (root / "train" / "bad").mkdir(), "holds bad besides good"),
+    "no test folder": (lambda root: shutil.rmtree(root / "test"), "test does not exist"),
+    "no normal test image": (lambda root: shutil.rmtree(root / "test" / "good"), "no normal image"),
+    "no anomalous test image": (
+        lambda root: [shutil.rmtree(root / "test" / kind) for kind in ("crack", "dent")],
+        "no anomalous image",
+    ),
+    "empty defect": (lambda root: [path.unlink() for path in (root / "test" / "dent").iterdir()], "dent is empty"),
+    "truncated image": (
+        lambda root: _truncate(root / "train" / "good" / "002.png"),
+        "002.png cannot be decoded.*truncated",
+    ),
+    "truncated mask": (
+        lambda root: _truncate(root / "ground_truth" / "dent" / "001_mask.png"),
+        "001_mask.png cannot be decoded",
+    ),
+    "not an image": (
+        lambda root: (root / "test" / "crack" / "000.png").write_text("hello"),
+        "000.png cannot be decoded",
+    ),
+    "other file": (
+        lambda root: (root / "test" / "crack" / "notes.txt").write_text("hello"),
+        "notes.txt is not an image",
+    ),
+    "no mask": (
+        lambda root: (root / "ground_truth" / "crack" / "001_mask.png").unlink(),
+        r"crack/001.png has no mask: put it at .*001_mask.png",
+    ),
+    "mask of another size": (
+        lambda root: save(root / "ground_truth" / "crack" / "001_mask.png", np.full((24, 20), 255)),
+        "20x24 pixels, its image 24x20",
+    ),
+    "empty mask": (
+        lambda root: save(root / "ground_truth" / "crack" / "001_mask.png", np.zeros((20, 24))),
+        "marks no pixel",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_folders_are_refused_by_name(folder: Path, case: str) -> None:
+    breaking, message = BROKEN[case]
+    breaking(folder)
+    with pytest.raises(ImageFolderError, match=message):
+        read(folder)
+
+
+def test_masks_are_optional_when_asked(folder: Path) -> None:
+    shutil.rmtree(folder / "ground_truth")
+    found = read(folder, masks=False)
+    assert not found.has_masks
+    with pytest.raises(ImageFolderError, match="has no mask"):
+        images.load_masks(found.test, 16)
+
+
+def test_wrong_paths(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ImageFolderError, match=r"nowhere does not exist.*MVTec layout"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(ImageFolderError, match="is a file"):
+        read(folder / "train" / "good" / "000.png")
+    with pytest.raises(ImageFolderError, match="has no train/ folder"):
+        read(folder / "test")
+    shutil.copytree(folder, folder.parent / "gadget")
+    with pytest.raises(ImageFolderError, match=r"2 classes.*gadget, widget"):
+        read(folder.parent)
+
+
+def test_find_prefers_what_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert images.find(folder).root == folder
+    with pytest.raises(ImageFolderError):
+        images.find(folder / "typo")
+    monkeypatch.setenv("USF_SHARED", "")
+    for nothing in (None, ""):
+        found = images.find(nothing, small=True)
+        assert found.name == "weave"
+        assert "built-in" in found.source
+
+
+@pytest.mark.skipif(paths.shared("images", "mvtec_ad_256", "bottle") is None, reason="no real images under ../shared")
+def test_real_images_are_found_and_named() -> None:
+    found = images.find()
+    assert (found.name, len(found.train), len(found.test)) == ("bottle", 209, 83)
+    assert "MVTec AD" in found.describe()
+    assert "CC BY-NC-SA 4.0" in found.describe()
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """A backbone of two levels that is no slower than it must be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+        self.second = nn.Conv2d(4, 5, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        level = self.first(x)
+        return [level, self.second(level)]
+
+
+def test_features_equal_the_backbone_with_and_without_cache(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone, files = Pyramid(), read(folder).train
+    plain = extract(backbone, files, 16, progress=False, batch_size=2)
+    direct = backbone(images.normalise(images.load_images(files, 16)))
+    assert len(plain) == 3
+    assert plain.dimension == 4 * 16 + 5 * 4
+    for level, expected in zip(plain.levels, direct, strict=True):
+        assert torch.allclose(level, expected, atol=1e-6)
+        assert not level.is_inference()
+        assert not level.requires_grad
+    cache = tmp_path / "features"
+    for _ in range(2):
+        cached = extract(backbone, files, 16, progress=False, batch_size=2, cache=cache, key="k")
+        assert all(torch.equal(a, b) for a, b in zip(cached.levels, plain.levels, strict=True))
+    assert len(list(cache.iterdir())) == 1
+    extract(backbone, files, 16, progress=False, cache=cache, key="other")
+    extract(backbone, files, 32, progress=False, cache=cache, key="k")
+    assert len(list(cache.iterdir())) == 3, "one entry per key and size, nothing temporary"
+    assert [part.shape[0] for part in cached.batch(torch.tensor([2, 0]))] == [2, 2]
+
+
+def test_damaged_feature_cache_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    backbone, files, cache = Pyramid(), read(folder).train, tmp_path / "features"
+    extract(backbone, files, 16, progress=False, cache=cache, key="k")
+    victim = next(cache.glob("*/level1.npy"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(FeatureCacheError, match=r"level1.npy is missing or damaged: delete"):
+            extract(backbone, files, 16, progress=False, cache=cache, key="k")
+
+
+def test_interrupted_extraction_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    class Failing(Pyramid):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            raise KeyboardInterrupt
+
+    cache = tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        extract(Failing(), read(folder).train, 16, progress=False, cache=cache, key="k")
+    assert not list(cache.iterdir())
+
+
+def test_features_are_checked(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no images"):
+        extract(Pyramid(), [], 16)
+    with pytest.raises(ValueError, match="needs a key"):
+        extract(Pyramid(), read(folder).train, 16, cache=tmp_path)
+    with pytest.raises(ValueError, match="same number"):
+        Features((torch.zeros(2, 1, 1, 1), torch.zeros(3, 1, 1, 1)))
