@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +173,10 @@ def signed(text: str, fingerprint: str) -> str:
 def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
     """Fill the cache with the chapters that are about to be read, executing one per core.
 
-    A chapter that fails is left out of the cache: Sphinx then meets the error itself and reports it.
+    All of them are run even where one fails, and those that succeed are kept. Then a failure ends the build.
+
+    Raises:
+        SystemExit: with the failed cells and their errors, and without the tracebacks of those who only passed it on.
     """
     config = env.mystnb_config
     if config.execution_mode != "cache":
@@ -215,11 +219,16 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
     finally:
         if previous is None:
             del os.environ["OMP_NUM_THREADS"]
+    errors = []
     for (name, reader, notebook), result in zip(todo, results, strict=True):
-        if result.err is None:
-            record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
-            bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
-            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+        if result.err is not None:
+            errors.append(f"{name}.md: {type(result.err).__name__}\n{result.err}")
+            continue
+        record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
+        bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
+        cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+    if errors:
+        sys.exit("\n".join([*errors, f"{len(errors)} of {len(todo)} executed chapters failed."]))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
