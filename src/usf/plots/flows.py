@@ -220,9 +220,9 @@ def latents_along_path(latents: Mapping[float, Tensor], log_density: Tensor, cen
     for axis, (weight, z) in zip(axes, latents.items(), strict=True):
         axis.scatter(*(z - center).T, c=shown, cmap=DENSITY_CMAP, s=4, linewidth=0, rasterized=True)
         if weight > 0:
-            # Half of a Gaussian plane's mass lies within this radius of variance weight/2.
+            # Two standard deviations of the base that this weight stands for.
             axis.add_patch(
-                Circle((0, 0), 2 * math.sqrt(weight / 2), fill=False, edgecolor=INK, linestyle="--", linewidth=0.9)
+                Circle((0, 0), 2 * math.sqrt(weight / 2), fill=False, edgecolor=INK, linewidth=1.2, zorder=3)
             )
         axis.set(title=rf"$\lambda$ = {weight:g}", aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
         axis.set_xticks([-2, 0, 2])
