@@ -50,7 +50,7 @@ def two_views(moons: Moons, svdd: DeepSVDD, flow: Flow) -> Figure:
 
     Level sets hold 50, 90 and 99 % of the training samples; in a latent space they are circles round the centre.
     """
-    fig, axes = plt.subplots(2, 2, figsize=(8.4, 8.2))
+    fig, axes = plt.subplots(2, 2, figsize=(7.8, 7.6))
     axis = torch.linspace(-3, 3, 241)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
     shown_normal, shown_outliers = moons.test[:1000], moons.outliers[:400]
@@ -81,19 +81,19 @@ def two_views(moons: Moons, svdd: DeepSVDD, flow: Flow) -> Figure:
         Line2D([], [], ls="", marker="o", color=COLORS["normal"], label="normal"),
         Line2D([], [], ls="", marker="o", color=COLORS["anomaly"], label="outlier"),
         *(
-            Line2D([], [], ls=style, color=INK, label=f"holds {100 * q:.0f} % of normal data")
+            Line2D([], [], ls=style, color=INK, label=f"{100 * q:.0f} % of normal data")
             for q, style in zip(QUANTILES, _STYLES, strict=True)
         ),
         Line2D([], [], ls="", marker="+", ms=9, mew=2, color=INK, label="centre"),
     ]
-    fig.legend(handles=marks, loc="outside lower center", ncols=6, handlelength=1.6, columnspacing=1.2)
+    fig.legend(handles=marks, loc="outside lower center", ncols=3)
     return fig
 
 
 @torch.no_grad()
 def inverse_map(moons: Moons, flow: Flow, seed: int) -> Figure:
     """A polar grid and samples of the base, and what the inverse of the flow makes of them."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 4.2))
     t = torch.linspace(0, 2 * torch.pi, 721)
     around = torch.stack([t.cos(), t.sin()], -1)
     rings = [r * around for r in (0.5, 1.0, 1.5, 2.0, 2.5)]
@@ -127,7 +127,7 @@ def collapse_curves(curves: Mapping[str, Sequence], styles: Mapping[str, tuple[s
         curves: label -> `usf.oneclass.CollapseReport` before each epoch and at the end.
         styles: label -> (key of ``COLORS``, line style).
     """
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1))
+    fig, axes = plt.subplots(1, 3, figsize=(8.8, 3.1))
     panels = (
         ("Latent standard deviation", lambda r: float(np.mean(r.std))),
         ("Effective rank", lambda r: r.effective_rank),
@@ -152,7 +152,7 @@ def collapse_curves(curves: Mapping[str, Sequence], styles: Mapping[str, tuple[s
 
 def inversion_geometry(alphas: Sequence[float], seed: int) -> Figure:
     """Samples of N(0, I_2), their images under F_1, and the score of F_alpha against the radius."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10.2, 3.5), width_ratios=(1, 1, 1.15))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.0, 3.4), width_ratios=(1, 1, 1.15))
     x = torch.randn(1500, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     density = standard_normal_log_prob(x).exp().numpy()
     for ax, points in ((left, x), (middle, inversion_map(x, 1.0))):
@@ -181,7 +181,7 @@ def inversion_losses(estimates: Mapping[tuple[int, float], MonteCarlo]) -> Figur
     Args:
         estimates: (d, alpha) -> estimate.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.5))
     alphas = sorted({alpha for _, alpha in estimates})
     dims = np.array(sorted({dim for dim, _ in estimates}))
     for index, (alpha, marker) in enumerate(zip(alphas, "osD^v", strict=False)):
@@ -219,7 +219,7 @@ def running_means(curves: Mapping[int, np.ndarray]) -> Figure:
     Args:
         curves: d -> array of shape (repetitions, n).
     """
-    fig, axes = plt.subplots(1, len(curves), figsize=(3.3 * len(curves), 3.2))
+    fig, axes = plt.subplots(1, len(curves), figsize=(2.9 * len(curves), 3.0))
     for ax, (dim, runs) in zip(axes, curves.items(), strict=True):
         n = np.unique(np.geomspace(10, runs.shape[1], 400).astype(int))
         ax.plot(n, runs[:, n - 1].T, color=COLORS["deep-svdd"], lw=1.0, alpha=0.7)
@@ -240,7 +240,7 @@ def inversion_training(
     limits: Mapping[int, HomogeneousLimit],
 ) -> Figure:
     """Spearman coefficient of score and minus log-density over training, one panel a dimension, one line a seed."""
-    fig, axes = plt.subplots(1, len(svdd), figsize=(3.3 * len(svdd), 3.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(svdd), figsize=(max(4.0, 2.9 * len(svdd)), 3.4), sharey=True, squeeze=False)
     for ax, dim in zip(axes[0], svdd, strict=True):
         ax.axhline(0, color=INK, lw=0.6)
         for runs, key, name in ((svdd[dim], "deep-svdd", "Deep SVDD"), (usf[dim], "usf", "USF")):
@@ -259,7 +259,7 @@ def score_against_radius(
     svdd: Mapping[int, Trajectory], usf: Mapping[int, Trajectory], limits: Mapping[int, HomogeneousLimit]
 ) -> Figure:
     """Score of every test sample against its distance from the mode: Deep SVDD above, USF below."""
-    fig, axes = plt.subplots(2, len(svdd), figsize=(3.3 * len(svdd), 5.6), sharex="col", squeeze=False)
+    fig, axes = plt.subplots(2, len(svdd), figsize=(max(4.0, 2.9 * len(svdd)), 5.4), sharex="col", squeeze=False)
     for column, dim in enumerate(svdd):
         upper, lower = axes[:, column]
         top = 1.08 * float(svdd[dim].test.norm(dim=-1).max())
