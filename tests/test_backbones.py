@@ -1,4 +1,4 @@
-"""Which weights a backbone gets: the stated order, hashes, and an answer within three seconds when there is no network."""
+"""Which weights a backbone gets: the stated order, hashes, and a prompt answer when there is no network."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_refused_connection_and_offline_switch_answer_at_once(monkeypatch: pytes
     start = time.perf_counter()
     assert "HF_HUB_OFFLINE" in str(backbones._from_hub("resnet18", 60))
     assert time.perf_counter() - start < 1
-    with pytest.raises(ConnectionError, match="weights='hub'.*pass a safetensors file"):
+    with pytest.raises(ConnectionError, match=r"weights='hub'.*pass a safetensors file"):
         backbones.resolve("hub", announce=None)
 
 
@@ -123,7 +123,7 @@ def test_wrong_files_are_refused_by_name(file: Path, state: dict[str, torch.Tens
 
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
-    with pytest.raises(ValueError, match="text.safetensors is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"text.safetensors is not a safetensors file"):
         backbones.build(backbones.resolve(text, announce=None))
 
     partial = tmp_path / "partial.safetensors"

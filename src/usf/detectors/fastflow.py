@@ -7,6 +7,7 @@ position is its mean squared latent, in the log domain; the score of an image is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -141,10 +142,12 @@ class Fastflow(lightning_model.Fastflow):
             :func:`usf.detectors.backbones.resolve`. What was used is printed and kept in ``self.weights``.
         coupling, mixing, diagonal, global_scale, train_layer_norm: see :class:`usf.detectors.coupling.FlowOptions`.
         score: see :class:`FastflowModel`.
+        input_size: (height, width) to resize images to, in pixels; ``None`` for the size of ``pre_processor``, which is
+            256 x 256 by default.
         pre_processor, post_processor, evaluator, visualizer: as in anomalib.
 
     Raises:
-        ValueError: an unknown option, a missing input size, or weights that do not fit.
+        ValueError: an unknown option, an input size that is missing or not the pre-processor's, or weights that do not fit.
         FileNotFoundError: a weight file that does not exist.
     """
 
@@ -161,6 +164,7 @@ class Fastflow(lightning_model.Fastflow):
         global_scale: bool = True,
         train_layer_norm: bool = True,
         score: Score = "norm",
+        input_size: tuple[int, int] | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -168,6 +172,8 @@ class Fastflow(lightning_model.Fastflow):
     ) -> None:
         # anomalib's own constructor would build the stock network first; what it does besides is the four attributes
         # below.
+        if pre_processor is True and input_size is not None:
+            pre_processor = self.configure_pre_processor((int(input_size[0]), int(input_size[1])))
         AnomalibModule.__init__(
             self,
             pre_processor=pre_processor,
@@ -177,22 +183,39 @@ class Fastflow(lightning_model.Fastflow):
         )
         if self.input_size is None:
             raise ValueError("FastFlow needs the input size: give a pre-processor with a Resize, or pre_processor=True")
+        size = (int(self.input_size[0]), int(self.input_size[1]))
+        if input_size is not None and tuple(input_size) != size:
+            raise ValueError(
+                f"input_size={tuple(input_size)}, but the pre-processor resizes to {size}: give one of the two"
+            )
         self.backbone = backbone
         self.flow_steps = flow_steps
         self.conv3x3_only = conv3x3_only
         self.hidden_ratio = hidden_ratio
 
-        if isinstance(backbone_weights, Path):
-            # Checkpoints are read without unpickling arbitrary classes.
-            self.hparams["backbone_weights"] = backbone_weights = str(backbone_weights)
+        options = FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm)
+        # Listed, because Lightning finds them by itself only where constructors call each other through super().
+        self.save_hyperparameters(
+            {
+                "backbone": backbone,
+                "flow_steps": flow_steps,
+                "conv3x3_only": conv3x3_only,
+                "hidden_ratio": hidden_ratio,
+                # As text: checkpoints are read without unpickling arbitrary classes.
+                "backbone_weights": None if backbone_weights is None else str(backbone_weights),
+                "score": score,
+                "input_size": size,
+                **dataclasses.asdict(options),
+            }
+        )
         if backbone_weights == "checkpoint":
             self.weights = Weights(backbone, "checkpoint", "", "")
         else:
             self.weights = backbones.resolve(backbone_weights, backbone=backbone)
         self.model = FastflowModel(
-            input_size=self.input_size,
+            input_size=size,
             weights=self.weights,
-            options=FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm),
+            options=options,
             flow_steps=flow_steps,
             conv3x3_only=conv3x3_only,
             hidden_ratio=hidden_ratio,
