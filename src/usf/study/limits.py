@@ -76,7 +76,9 @@ def settings(profile: str) -> Settings:
     return select(
         profile,
         smoke=Settings(few, ("gaussian", "gamma mixture"), 3, (32, 32), 3_000, 500, 1_000, 3, bound_samples=50_000),
-        book=Settings(few, ("gaussian", "gamma mixture"), 6, (32, 32), 15_000, 2_000, 5_000, 16, bound_samples=200_000),
+        book=Settings(
+            few, ("gaussian", "gamma mixture"), 6, (32, 32), 20_000, 2_000, 5_000, 24, lr=1e-2, bound_samples=200_000
+        ),
         full=Settings(),
     )
 

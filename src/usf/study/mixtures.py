@@ -577,16 +577,21 @@ POINT_COLUMNS = (
 )
 
 
-def write(settings: Study, folder: Path, rows: Sequence[Mapping[str, Any]], out: Path, *, oracles: bool = True) -> None:
-    """Gather a run's records under ``out``: the files named in this module's docstring."""
+def write(settings: Study, folder: Path, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Gather a run's records under ``out``: the files named in this module's docstring.
+
+    Bounds and baselines depend on the settings alone; they are computed once and kept beside the records.
+    """
+    oracle = folder / "oracle"
+    for name, compute in (("bounds", bounds), ("baselines", baselines)):
+        if not (oracle / f"{name}.csv").is_file():
+            records.write_csv(oracle / f"{name}.csv", compute(settings))
+        records.atomic_write(out / "oracle" / f"{name}.csv", (oracle / f"{name}.csv").read_bytes())
     records.write_csv(out / "trials.csv", rows, COLUMNS)
     records.write_csv(out / "figures" / "points.csv", points(settings, folder, rows), POINT_COLUMNS, digits=5)
     used = {str(row["run"]) for row in rows}
     runs = {p.stem: json.loads(p.read_text("utf8")) for p in sorted((folder / "runs").glob("*.json")) if p.stem in used}
     records.write_json(out / "provenance.json", runs)
-    if oracles:
-        records.write_csv(out / "oracle" / "bounds.csv", bounds(settings))
-        records.write_csv(out / "oracle" / "baselines.csv", baselines(settings))
 
 
 def load(folder: Path | None = None) -> dict[str, list[dict[str, Any]]]:
