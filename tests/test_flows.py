@@ -232,9 +232,12 @@ def test_lu_is_the_matrix_it_claims() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 200])
 def test_lu_product_order_does_not_matter(batch: int) -> None:
     """U then L for small batches, their product for large ones: the same map."""
-    layer = randomized(LULinear((16,)).double())
-    x = torch.randn(200, 16, dtype=torch.float64)
+    layer = randomized(LULinear((96,)).double())
+    x = torch.randn(200, 96, dtype=torch.float64)
+    assert layer.is_wide(x)
+    assert layer.is_wide(x[:batch]) == (batch == 200)
     torch.testing.assert_close(layer(x[:batch])[0], layer(x)[0][:batch], atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.solve(x[:batch]), layer.solve(x)[:batch], atol=1e-12, rtol=0)
 
 
 def test_fixed_diagonal_keeps_the_volume_through_training() -> None:
@@ -247,13 +250,17 @@ def test_fixed_diagonal_keeps_the_volume_through_training() -> None:
     assert torch.linalg.slogdet(layer.matrix().double()).logabsdet.abs() < 1e-5
 
 
-def test_sandwich_of_additive_equals_the_generic_composition() -> None:
-    """The residual form of A^-1 C A against the three maps applied in turn."""
-    outer, inner = LULinear((6,)), AdditiveCoupling((6,), hidden=(8,))
-    block = randomized(Sandwich(outer, inner).double())
-    x = torch.randn(9, 6, dtype=torch.float64)
-    z = block.outer.inverse(block.inner(block.outer(x)[0])[0])[0]
-    torch.testing.assert_close(block(x)[0], z, atol=1e-12, rtol=0)
+def test_sandwich_equals_the_generic_composition() -> None:
+    """The residual form of A^-1 C A against the three maps applied in turn, few vectors and many."""
+    for shape, batch in ((6,), 9), ((96,), 5), ((96,), 200), ((4, 3, 3), 2):
+        for coupling in (AdditiveCoupling, AffineCoupling, GinCoupling):
+            for flip in (False, True):
+                outer, inner = LULinear(shape), coupling(shape, hidden=(8,), flip=flip)
+                block = randomized(Sandwich(outer, inner).double())
+                x = torch.randn(batch, *shape, dtype=torch.float64)
+                z = block.outer.inverse(block.inner(block.outer(x)[0])[0])[0]
+                torch.testing.assert_close(block(x)[0], z, atol=1e-12, rtol=0)
+                torch.testing.assert_close(block.inverse(z)[0], x, atol=1e-11, rtol=0)
 
 
 # --- masks, settings, input -------------------------------------------------------------------------------------------

@@ -330,6 +330,10 @@ class GinCoupling(AffineCoupling):
 # --- linear maps ------------------------------------------------------------------------------------------------------
 
 
+_FEW_CHANNELS = 64
+"""Up to here a product of matrices is cheaper than two more calls (measured on a CPU)."""
+
+
 def _solve_triangular(matrix: Tensor, columns: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
     """``matrix``^-1 ``columns``; LAPACK has no half precision, so those are solved in float32 and rounded once."""
     if columns.dtype in (torch.bfloat16, torch.float16):
@@ -379,9 +383,9 @@ class LULinear(_ChannelLinear):
     parameter value is invertible and :math:`\ln|\det| = hw \sum_i \lambda_i`. It starts as the identity. Applied to
     vectors it is a matrix, to sequences and images a 1x1 convolution.
 
-    Cost: the product applies U, then L, or their product where the batch is larger than the number of channels; the
-    inverse is two triangular solves, with the batch as right-hand sides or, where that is larger, the identity's
-    columns. No matrix is ever inverted by elimination.
+    Cost: with c channels and n vectors (batch times positions), the product applies U, then L, in O(n c^2), or forms LU
+    where n > c; the inverse is two triangular solves, with the n vectors as right-hand sides or, where n > c, with the
+    identity's columns. No matrix is inverted by elimination. Up to 64 channels the second way is taken always.
 
     Args:
         shape: event shape (channels, *spatial).
@@ -445,16 +449,21 @@ class LULinear(_ChannelLinear):
         return self.weight.tril(-1) + eye, self._upper()
 
     def matrix(self) -> Tensor:
-        """M = LU = U + (L - 1)U, shape (c, c)."""
-        upper = self._upper()
-        return torch.addmm(upper, self.weight.tril(-1), upper)
+        """M = LU, shape (c, c)."""
+        return self._product(self._upper())
 
     def blocks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """The ``rows`` of M and the ``columns`` of M^-1: all of A that a coupling of halves between A and A^-1 sees."""
         upper = self._upper()
-        product = torch.addmm(upper[rows], self.weight.tril(-1)[rows], upper)
+        return self._product(upper)[rows], self._inverse_columns(upper, columns)
+
+    def _product(self, upper: Tensor) -> Tensor:
+        """LU = U + (L - 1)U."""
+        return torch.addmm(upper, self.weight.tril(-1), upper)
+
+    def _inverse_columns(self, upper: Tensor, columns: slice) -> Tensor:
         eye = torch.eye(self.shape[0], dtype=self.weight.dtype, device=self.weight.device)
-        return product, self._solve(upper, eye[:, columns])
+        return self._solve(upper, eye[:, columns])
 
     def _solve(self, upper: Tensor, columns: Tensor) -> Tensor:
         """M^-1 ``columns``; what stands on and above the diagonal of ``weight`` is not read in the solve with L."""
@@ -462,8 +471,10 @@ class LULinear(_ChannelLinear):
         return _solve_triangular(upper, columns, upper=True)
 
     def is_wide(self, x: Tensor) -> bool:
-        """Whether the batch has more vectors than channels, so that to form matrices costs less than to apply factors."""
-        return x.numel() > self.shape[0] ** 2
+        """Whether forming matrices costs less than applying the factors to ``x``: for more vectors than channels, and
+        for so few channels that the number of calls decides."""
+        channels = self.shape[0]
+        return channels <= _FEW_CHANNELS or x.numel() > channels**2
 
     def log_abs_det(self) -> Tensor:
         """ln|det dy/dx|, 0-dim."""
@@ -494,8 +505,7 @@ class LULinear(_ChannelLinear):
         """M^-1 y, by two triangular solves."""
         upper = self._upper()
         if self.is_wide(y):
-            eye = torch.eye(self.shape[0], dtype=self.weight.dtype, device=self.weight.device)
-            return self._apply_matrix(self._solve(upper, eye), y)
+            return self._apply_matrix(self._inverse_columns(upper, slice(None)), y)
         return self._from_columns(self._solve(upper, self._columns(y)), y)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
