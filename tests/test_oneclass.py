@@ -30,6 +30,8 @@ from usf.oneclass import (
     standard_normal_log_prob,
     truncated_loss,
 )
+from usf.study.inversion import svdd_trajectory, usf_trajectory
+from usf.study.moons import two_moons
 
 
 def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -385,3 +387,32 @@ def test_training_approaches_the_homogeneous_limit() -> None:
     assert model.loss(x).item() / scale > 0.95 * limit.loss
     assert spearman(model.score(test).detach(), standard_normal_log_prob(test)) < -0.4
     assert model.score(torch.zeros(1, 2)).item() == pytest.approx(scale, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- the chapters' data
+
+
+def test_moons_have_the_density_they_claim() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn comes with the book extra")
+    moons = two_moons(2000, 500, seed=0)
+    assert [len(x) for x in (moons.train, moons.val, moons.test, moons.outliers)] == [2000, 500, 2000, 500]
+    axis = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    density = moons.log_prob(grid).exp()
+    cell = float(axis[1] - axis[0]) ** 2
+    assert density.sum().item() * cell == pytest.approx(1.0, abs=1e-3)
+    # The mean log-density of samples is minus the entropy that the grid integrates.
+    entropy = -(density * density.clamp_min(1e-300).log()).sum().item() * cell
+    assert -moons.log_prob(moons.test).mean().item() == pytest.approx(entropy, abs=0.06)
+    assert torch.equal(two_moons(2000, 500, seed=0).train, moons.train)
+    assert not torch.equal(moons.train, moons.test)
+
+
+def test_trajectories_tell_the_two_models_apart() -> None:
+    svdd = svdd_trajectory(2, 0, samples=2048, pretrain_epochs=2, epochs=30)
+    flow = usf_trajectory(2, 0, samples=2048, epochs=8)
+    assert len(svdd.epochs) == len(svdd.spearman) == len(svdd.tail) == len(svdd.loss) == 31
+    assert len(flow.epochs) == 9
+    assert svdd.spearman[-1] < 0 < svdd.spearman[0]
+    assert flow.spearman[-1] > 0.98
+    assert flow.spearman[-1] > flow.spearman[0]
