@@ -41,7 +41,7 @@ from usf.study.targets import paper_mixture
 from usf.study.training import fit
 
 BLOCKS, HIDDEN, LR, SEED = 4, (64, 64), 1e-3, 0
-TRAIN_SAMPLES, EPOCHS, TEST_SAMPLES = 2048, 2, 2048
+TRAIN_SAMPLES, EPOCHS, TEST_SAMPLES = 1024, 2, 2048
 
 ARCHITECTURES = {
     "sandwich": "A^-1 C A blocks, additive C, LU maps A, and a last LU map: the paper's",
@@ -49,10 +49,13 @@ ARCHITECTURES = {
     "affine": "the sandwich with affine couplings: the paper's non-USF",
 }
 MEASURES = ("log_prob", "step", "sample", "training")
-COLUMNS = (
-    "architecture model measure dim batch status reason repeats seconds seconds_q25 seconds_q75 ratio ratio_q25 "
-    "ratio_q75 test_nll parameters deviation version revision threads blocks hidden lr seed settings_hash wall_seconds"
-).split()
+# fmt: off
+COLUMNS = [
+    "architecture", "model", "measure", "dim", "batch", "status", "reason", "repeats", "seconds", "seconds_q25",
+    "seconds_q75", "ratio", "ratio_q25", "ratio_q75", "test_nll", "parameters", "deviation", "version", "revision",
+    "threads", "blocks", "hidden", "lr", "seed", "settings_hash", "wall_seconds",
+]
+# fmt: on
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Model:
     sample: Callable[[int], Tensor]
     deviation: str = ""
     measures: tuple[str, ...] = MEASURES
+    own_loop: Callable[[Tensor, int], Any] | None = None  # trains on (samples, batch size) in place of the project's
 
     @property
     def parameters(self) -> int:
@@ -107,6 +111,18 @@ def usf_fused(dim: int, architecture: str) -> Model:
     )
 
 
+def conditioners(dim: int, architecture: str) -> Model:
+    """The conditioners alone, which every library runs alike: nothing on top of them could be faster than this."""
+    kept = [int(kept_first(dim, index).sum()) for index in range(BLOCKS)]
+    outputs = 2 if architecture == "affine" else 1
+    nets = nn.ModuleList(MLP(k, outputs * (dim - k), HIDDEN) for k in kept)
+
+    def log_prob(x: Tensor) -> Tensor:
+        return sum((net(x[:, :k]).sum(-1) for net, k in zip(nets, kept, strict=True)), torch.zeros(len(x)))
+
+    return Model(nets, log_prob, lambda n: torch.empty(n), "no flow: the bound", ("log_prob", "step"))
+
+
 def authors(dim: int, architecture: str) -> Model:
     if architecture == "affine":
         raise Unsupported("the library has no affine flow")
@@ -129,6 +145,18 @@ def authors(dim: int, architecture: str) -> Model:
     )
 
 
+def authors_loop(dim: int, architecture: str) -> Model:
+    model = authors(dim, architecture)
+
+    def loop(train: Tensor, batch: int) -> None:
+        data = torch.utils.data.TensorDataset(train)
+        model.module.fit(data, optim_params={"lr": LR}, batch_size=batch, epochs=EPOCHS)  # type: ignore[operator]
+
+    model.own_loop, model.measures = loop, ("training",)
+    model.deviation += "; trained by its own loop and optimiser"
+    return model
+
+
 def zuko(dim: int, architecture: str) -> Model:
     z = importlib.import_module("zuko")
     lazy, transforms, coupling = z.lazy, z.transforms, importlib.import_module("zuko.flows.coupling")
@@ -143,9 +171,7 @@ def zuko(dim: int, architecture: str) -> Model:
         )
         parts += [linear, inner] if architecture == "plain" else [linear, inner, linear.inv]
     parts.append(lazy.UnconditionalTransform(transforms.LULinearTransform, torch.eye(dim)))
-    base = lazy.UnconditionalDistribution(
-        z.distributions.DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=True
-    )
+    base = lazy.UnconditionalDistribution(z.distributions.DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=True)
     flow = lazy.Flow(parts, base)
     return Model(
         flow,
@@ -175,7 +201,10 @@ def normflows(dim: int, architecture: str) -> Model:
         nf.distributions.DiagGaussian(dim, trainable=False), [nf.flows.Reverse(part) for part in reversed(parts)]
     )
     return Model(
-        flow, flow.log_prob, lambda n: flow.sample(n)[0], "LULinearPermute without its permutation; diagonal by softplus"
+        flow,
+        flow.log_prob,
+        lambda n: flow.sample(n)[0],
+        "LULinearPermute without its permutation; diagonal by softplus",
     )
 
 
@@ -215,7 +244,9 @@ def nflows_cached(dim: int, architecture: str) -> Model:
 MODELS: dict[str, Callable[[int, str], Model]] = {
     "usf": usf,
     "usf fused": usf_fused,
+    "conditioners": conditioners,
     "authors": authors,
+    "authors' loop": authors_loop,
     "zuko": zuko,
     "normflows": normflows,
     "nflows": nflows,
@@ -225,7 +256,7 @@ MODELS: dict[str, Callable[[int, str], Model]] = {
 
 def version(name: str) -> str:
     """Version of a peer; the authors' library is a checkout, named by its revision."""
-    if name == "authors":
+    if name.startswith("authors"):
         import subprocess
 
         module = sys.modules.get("src.usflows.flows")
@@ -291,20 +322,15 @@ def build(name: str, dim: int, architecture: str) -> Model:
 
 
 def train_once(name: str, dim: int, batch: int, architecture: str) -> tuple[float, float]:
-    """(seconds, test NLL in nats) of one whole training from a fresh model, by the project's loop."""
+    """(seconds, test NLL in nats) of one whole training from a fresh model, by default by the project's loop."""
     model, target = build(name, dim, architecture), paper_mixture(dim)
     train, test = (target.sample(n, seed).float() for n, seed in ((TRAIN_SAMPLES, 1), (TEST_SAMPLES, 2)))
     started = clock()
-    fit(
-        model.module,
-        lambda _, x: -model.log_prob(x).mean(),
-        train,
-        epochs=EPOCHS,
-        batch_size=batch,
-        lr=LR,
-        seed=SEED,
-        progress=False,
-    )
+    if model.own_loop is not None:
+        model.own_loop(train, batch)
+    else:
+        objective = lambda _, x: -model.log_prob(x).mean()  # noqa: E731
+        fit(model.module, objective, train, epochs=EPOCHS, batch_size=batch, lr=LR, seed=SEED, progress=False)
     seconds = clock() - started
     with torch.no_grad():
         nll = -model.log_prob(test).mean().item()
@@ -411,13 +437,14 @@ def run(
         "seed": SEED,
         "settings_hash": records.settings_hash(settings),
     }
+    train_once("usf", dims[0], batches[0], architectures[0])  # the first training of a process pays for its imports
     cells = [(a, m, d, b) for a in architectures for m in measures for d in dims for b in batches]
     rows: list[dict[str, Any]] = []
     bar = tqdm(cells, disable=not progress)
     for architecture, measure, dim, batch in bar:
         bar.set_description(f"{architecture} {measure} d={dim} batch={batch}")
         # A training is hundreds of steps, which average out what short timings need repeats for.
-        count = max(1, math.ceil(repeats / 5)) if measure == "training" else repeats
+        count = min(repeats, max(3, math.ceil(repeats / 5))) if measure == "training" else repeats
         begun = time.perf_counter()
         cell = measure_cell(architecture, measure, dim, batch, models, count)
         rows += [row | shared | {"wall_seconds": time.perf_counter() - begun} for row in cell]
