@@ -291,7 +291,7 @@ def determinant_traces(
     """
     figure, axis = plt.subplots(figsize=(6.6, 3.1))
     for label, (steps, values) in traces.items():
-        axis.plot(steps, values, label=label, **styles[label])  # type: ignore[arg-type]
+        axis.plot(steps, values, label=label, **{"linewidth": 1.3, **styles[label]})  # type: ignore[arg-type]
     axis.axhline(0, color=INK, linewidth=0.6)
     axis.set(xlabel="step", ylabel="ln|det J|  (nats)")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -321,29 +321,22 @@ def prior_by_sample_size(
     entropy: float,
     true_log_det: float,
     colors: Sequence[str],
-    ceiling: float,
 ) -> Figure:
-    """Test cross-entropy (left) and ln|det| (right) against the number of training samples, a line per prior.
+    """Test cross-entropy above the entropy (left) and ln|det| (right) against the number of samples, a line per prior.
 
     Args:
         sizes: numbers of training samples.
         losses: label -> test cross-entropy for each size, nats.
         log_dets: label -> ln|det J| for each size, nats.
-        entropy: of the target; the lower line.
+        entropy: of the target, nats.
         true_log_det: where many samples lead; the dashed line of the right panel.
-        ceiling: top of the left panel; what lies above is marked by an arrow at the top.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.0))
     for (label, values), color in zip(losses.items(), colors, strict=True):
-        shown = np.minimum(values, ceiling * 0.985)
-        left.semilogx(sizes, shown, "-", color=color, label=label)
-        inside = np.asarray(values) < ceiling
-        left.semilogx(np.asarray(sizes)[inside], shown[inside], "o", color=color)
-        left.semilogx(np.asarray(sizes)[~inside], shown[~inside], "^", color=color)
+        left.loglog(sizes, np.asarray(values) - entropy, "o-", color=color, label=label)
         right.semilogx(sizes, log_dets[label], "o-", color=color, label=label)
-    left.axhline(entropy, color=COLORS["oracle"], linestyle="--", label="entropy")
     right.axhline(true_log_det, color=COLORS["oracle"], linestyle="--")
-    left.set(xlabel="training samples n", ylabel="test cross-entropy (nats)", ylim=(entropy - 0.2, ceiling))
+    left.set(xlabel="training samples n", ylabel="nats above the entropy")
     right.set(xlabel="training samples n", ylabel="ln|det J|  (nats)")
     left.legend()
     return figure
