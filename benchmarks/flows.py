@@ -376,9 +376,9 @@ def measure_cell(
                 calls[name] = training
             else:
                 call = operation(model, measure, dim, batch)
-                timed(call, 3)
+                timed(call, 1)
                 # Calls too short for the clock are timed in bundles of some milliseconds.
-                count = max(1, min(20, math.ceil(4e-3 / timed(call, 2))))
+                count = max(1, min(10, math.ceil(4e-3 / timed(call, 1))))
                 calls[name] = lambda call=call, count=count: timed(call, count)  # type: ignore[misc]
         except Exception as error:  # a peer's failure is a row
             row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:200]}
