@@ -178,6 +178,18 @@ def test_find_prefers_what_was_asked_for(folder: Path, monkeypatch: pytest.Monke
         assert "built-in" in found.source
 
 
+def test_held_out_images_are_a_partition() -> None:
+    files = [Path(f"{index}.png") for index in range(20)]
+    kept, held = images.hold_out(files, 0.1, seed=3)
+    assert len(held) == 2
+    assert sorted(kept + held, key=lambda path: int(path.stem)) == files
+    assert images.hold_out(files, 0.1, seed=3) == (kept, held)
+    assert images.hold_out(files, 0.1, seed=4)[1] != held
+    assert len(images.hold_out(files[:2], 0.01, seed=0)[1]) == 1
+    with pytest.raises(ValueError, match="cannot hold out"):
+        images.hold_out(files[:1], 0.5, seed=0)
+
+
 @pytest.mark.skipif(paths.shared("images", "mvtec_ad_256", "bottle") is None, reason="no real images under ../shared")
 def test_real_images_are_found_and_named() -> None:
     found = images.find()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from usf.study.metrics import auroc
+from usf.study.metrics import auroc, auroc_difference
 
 
 @given(
@@ -58,3 +58,14 @@ def test_extreme_scores_do_not_saturate() -> None:
 def test_undefined_areas_are_errors(labels: list[int], scores: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         auroc(labels, scores)
+
+
+def test_interval_of_a_difference() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat([False, True], 60)
+    good, bad = rng.normal(size=120) + 2 * labels, rng.normal(size=120) + 0.3 * labels
+    low, high = auroc_difference(labels, good, bad)
+    assert 0 < low < auroc(labels, good) - auroc(labels, bad) < high
+    assert auroc_difference(labels, bad, good) == pytest.approx((-high, -low))
+    with pytest.raises(ValueError, match="not finite"):
+        auroc_difference(labels, good, np.full(120, np.nan))

@@ -147,7 +147,8 @@ class Fastflow(lightning_model.Fastflow):
         pre_processor, post_processor, evaluator, visualizer: as in anomalib.
 
     Raises:
-        ValueError: an unknown option, an input size that is missing or not the pre-processor's, or weights that do not fit.
+        ValueError: an unknown option, an input size that is missing or not the pre-processor's, or weights that do not
+            fit.
         FileNotFoundError: a weight file that does not exist.
     """
 

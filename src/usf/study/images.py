@@ -31,6 +31,7 @@ __all__ = [
     "Manifest",
     "Sample",
     "find",
+    "hold_out",
     "load_images",
     "load_masks",
     "normalise",
@@ -286,6 +287,22 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
     parts += [(f"test/{sample.defect}", sample.path) for sample in samples]
     parts += [("masks", sample.mask) for sample in samples if sample.mask is not None]
     return ImageFolder(root, tuple(train), tuple(samples), _manifest(root, parts), source or _source(root))
+
+
+def hold_out(files: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """(kept, held out): a random ``share`` of ``files``, at least one, is set aside; both parts keep their order.
+
+    Raises:
+        ValueError: fewer than two files, or a share outside (0, 1).
+    """
+    if len(files) < 2 or not 0 < share < 1:
+        raise ValueError(
+            f"cannot hold out {share:g} of {len(files)} images: two images and a share in (0, 1) are needed"
+        )
+    count = min(len(files) - 1, max(1, round(share * len(files))))
+    out = set(np.random.default_rng(seed).permutation(len(files))[:count].tolist())
+    kept = [path for index, path in enumerate(files) if index not in out]
+    return kept, [path for index, path in enumerate(files) if index in out]
 
 
 def find(images: str | Path | None = None, *, small: bool = False) -> ImageFolder:
