@@ -496,6 +496,24 @@ def test_deepcopy_and_state_dict() -> None:
     assert torch.equal(copy.deepcopy(flow).log_prob(x), flow.log_prob(x))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [3, 200])
+def test_stacked_flows_agree_with_single_ones(name: str, batch: int) -> None:
+    """Several flows of one shape in one call, as `torch.func` stacks them, values and gradients."""
+    flows = [randomized(ARCHITECTURES[name]((6,), 2, hidden=(8,)).double(), seed=i) for i in range(3)]
+    for flow in flows:
+        flow.validate_args = False  # the check reads a number off the data, which a batched tensor does not have
+    weights, buffers = torch.func.stack_module_state(flows)
+    x = torch.randn(3, batch, 6, dtype=torch.float64)
+    stacked = torch.vmap(lambda w, b, x: torch.func.functional_call(flows[0], (w, b), (x,)))(weights, buffers, x)
+    stacked.sum().backward()
+    for index, flow in enumerate(flows):
+        torch.testing.assert_close(stacked[index], flow.log_prob(x[index]), atol=1e-11, rtol=0)
+        flow.log_prob(x[index]).sum().backward()
+        for key, p in flow.named_parameters():
+            torch.testing.assert_close(weights[key].grad[index], p.grad, atol=1e-9, rtol=1e-9)
+
+
 def _same_when_compiled(flow: Flow, backend: str) -> None:
     torch.compiler.reset()
     x = torch.randn(16, *flow.shape)
