@@ -98,7 +98,7 @@ def _kendall(s: Array, t: Array) -> float:
 
 def _inversions(s: Array, t: Array) -> float:
     difference, _, untied_t = _concordance(s, t)
-    return 0.5 * (1.0 - difference / untied_t) if untied_t > 0 else 0.5
+    return min(max(0.5 * (1.0 - difference / untied_t), 0.0), 1.0) if untied_t > 0 else 0.5
 
 
 def lowest(log_density: ArrayLike, tail: float | None) -> npt.NDArray[np.intp]:
@@ -404,7 +404,7 @@ def rearrangement_bound(
     order, cross_entropy = (2.0, gaussian_radial_bound) if base == "gaussian" else (1.0, laplace_radial_bound)
     bound = cross_entropy(rearranged_radii(t, dim, order=order), dim)
     entropy = -float(t.mean())
-    parts = [part for part in np.array_split(t, batches)]
+    parts = list(np.array_split(t, batches))
     bounds = np.array([cross_entropy(rearranged_radii(part, dim, order=order), dim) for part in parts])
     entropies = np.array([-part.mean() for part in parts])
 

@@ -250,3 +250,83 @@ def collapse(trials: Rows) -> Figure:
     axes[1].set(xscale="log", xlabel="one-class loss (validation)", ylabel="effective rank / d", ylim=(0, 1.05))
     axes[0].legend()
     return figure
+
+
+BASES = {
+    "gaussian": ("normal", COLORS["usf"]),
+    "laplace": ("Laplace", COLORS["gin"]),
+    "gamma mixture": ("radial, gamma mixture", COLORS["deep-svdd"]),
+    "spline": ("radial, spline", COLORS["anomaly"]),
+}
+"""Base -> its name and colour in the figures of the chapter on limits."""
+
+
+def gaps(rows: Rows) -> Figure:
+    """Measured excess over the entropy of each target and base, beside the bound of each fixed base."""
+    targets = list(dict.fromkeys(str(r["target"]) for r in rows))
+    figure, axes = plt.subplots(1, len(targets), figsize=(2.1 * len(targets) + 1.4, 2.7), sharey=True, squeeze=False)
+    names = list(BASES)
+    for axis, target in zip(axes[0], targets, strict=True):
+        for place, base in enumerate(names):
+            for row in rows:
+                if row["target"] != target or row["base"] != base:
+                    continue
+                _, color = BASES[base]
+                if row["status"] == "ok":
+                    axis.barh(place, row["excess_nll"], height=0.62, color=color, alpha=0.85, lw=0)
+                else:
+                    axis.text(0.02, place, "failed", va="center", transform=axis.get_yaxis_transform())
+                if row["gap"]:
+                    axis.plot([row["gap"]] * 2, [place - 0.42, place + 0.42], color=INK, lw=1.6)
+        axis.set_title(target)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_yticks(range(len(names)), [BASES[name][0] for name in names])
+        axis.set_xlabel("NLL - entropy (nats)")
+    return figure
+
+
+def plane_scores(
+    target: Target, scores: Mapping[str, Any], points: Array, *, extent: float, cells: int = 160
+) -> Figure:
+    """Scores over the plane beside the target, each as its rank, so that maps with unlike units can be compared.
+
+    Args:
+        target: the density, of dimension 2.
+        scores: title -> function from points (n, 2), float64 tensor, to scores (n,).
+        points: samples to draw, (n, 2).
+        extent: half the side of the square.
+        cells: pixels along a side.
+    """
+    axis_values = torch.linspace(-extent, extent, cells, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis_values, axis_values)
+    maps = {"-ln p": -target.log_prob(grid)} | {title: score(grid) for title, score in scores.items()}
+    figure, axes = plt.subplots(1, len(maps), figsize=(2.9 * len(maps) + 0.8, 2.9), squeeze=False)
+    for axis, (title, values) in zip(axes[0], maps.items(), strict=True):
+        ranks = values.argsort().argsort().reshape(cells, cells).T.numpy() / (cells**2 - 1)
+        box = (-extent, extent, -extent, extent)
+        shown = axis.imshow(ranks, origin="lower", extent=box, cmap=DENSITY_CMAP + "_r", interpolation="bilinear")
+        axis.scatter(points[:, 0], points[:, 1], s=1.2, color="white", alpha=0.5, lw=0, rasterized=True)
+        axis.set_title(title)
+        axis.set_xlim(-extent, extent)
+        axis.set_ylim(-extent, extent)
+        axis.tick_params(length=2.5, labelsize=8)
+    figure.colorbar(shown, ax=axes, label="score (rank)", pad=0.01, aspect=30)
+    return figure
+
+
+def radial_profiles(profiles: Mapping[str, tuple[Array, Array]], ideal: tuple[Array, Array] | None = None) -> Figure:
+    """ln p of bases against the distance to their centre, each shifted to a maximum of 0.
+
+    Args:
+        profiles: base (a key of `BASES`) -> (distances, log-densities).
+        ideal: the target's own rearrangement, where it is known.
+    """
+    figure, axis = plt.subplots(figsize=(5.2, 3.2))
+    for base, (r, values) in profiles.items():
+        name, color = BASES[base]
+        axis.plot(r, values - values.max(), color=color, label=name)
+    if ideal is not None:
+        axis.plot(ideal[0], ideal[1] - ideal[1].max(), color=COLORS["oracle"], ls="--", label="rearranged target")
+    axis.set(xlabel="distance to the centre", ylabel="ln p - max (nats)", ylim=(-12, 0.8))
+    axis.legend()
+    return figure
