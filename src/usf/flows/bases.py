@@ -66,7 +66,7 @@ class GaussianBase(Base):
 
     Args:
         shape: event shape.
-        center: c, a number or a tensor that broadcasts to ``shape``.
+        center: c, a number or a tensor that broadcasts to ``shape``; stored in torch's default dtype, like parameters.
         variance: v > 0.
 
     Raises:
