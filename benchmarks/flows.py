@@ -439,6 +439,7 @@ def run(
     }
     train_once("usf", dims[0], batches[0], architectures[0])  # the first training of a process pays for its imports
     cells = [(a, m, d, b) for a in architectures for m in measures for d in dims for b in batches]
+    provenance |= {"settings": settings, "architectures": {name: ARCHITECTURES[name] for name in architectures}}
     rows: list[dict[str, Any]] = []
     bar = tqdm(cells, disable=not progress)
     for architecture, measure, dim, batch in bar:
@@ -448,14 +449,11 @@ def run(
         begun = time.perf_counter()
         cell = measure_cell(architecture, measure, dim, batch, models, count)
         rows += [row | shared | {"wall_seconds": time.perf_counter() - begun} for row in cell]
-    records.write_csv(out, rows, COLUMNS, digits=4)
-    provenance |= {
-        "settings": settings,
-        "architectures": ARCHITECTURES,
-        "wall_seconds": round(time.perf_counter() - started, 1),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
-    }
-    records.write_json(out.parent / "provenance.json", provenance)
+        # After every cell, so that what a killed run has measured is kept.
+        records.write_csv(out, rows, COLUMNS, digits=4)
+        provenance["wall_seconds"] = round(time.perf_counter() - started, 1)
+        provenance["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else []
+        records.write_json(out.parent / "provenance.json", provenance)
     return rows
 
 
