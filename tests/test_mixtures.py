@@ -17,6 +17,8 @@ from usf import paths
 from usf.flows import NonUSFlow, USFlow
 from usf.study import limits, mixtures, records
 from usf.study.mixtures import Study, Trial
+from usf.study.stacked import fit_stacked
+from usf.study.training import fit
 
 TINY = Study(
     dims=(2,), trials=2, train=600, val=100, test=200, epochs=(2,), svdd_epochs=(1,), bound_samples=5_000, points=50
@@ -175,6 +177,33 @@ def test_a_learned_base_beats_a_fixed_one_on_a_shell() -> None:
     assert learned["excess_nll"] < 0.4 < 0.7 < fixed["excess_nll"]
     assert learned["spearman"] > 0.8
     assert learned["spearman_distance"] < 0.6
+
+
+@pytest.mark.parametrize("model", ["usf", "non-usf"])
+def test_stacked_and_single_trainings_agree(model: str) -> None:
+    x = mixtures.data(TINY, 2).train
+    rates, seeds = [1e-3, 5e-3, 2e-3], [4, 5, 6]
+    single, stacked = (
+        [mixtures.build_flow(model, 2, blocks=2, layers=2, width=16, seed=s).double() for s in seeds] for _ in range(2)
+    )
+    losses = fit_stacked(stacked, x, epochs=3, batch_size=64, lrs=rates, seeds=seeds)
+    for k, flow in enumerate(single):
+        history = fit(
+            flow,
+            mixtures.negative_log_likelihood,
+            x,
+            epochs=3,
+            batch_size=64,
+            lr=rates[k],
+            seed=seeds[k],
+            progress=False,
+        )
+        assert losses[k] == pytest.approx(history.train, rel=1e-9)
+        for a, b in zip(flow.parameters(), stacked[k].parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-8)
+    assert losses[0][-1] != losses[1][-1]
+    with pytest.raises(ValueError, match="one rate and one seed"):
+        fit_stacked(stacked, x, epochs=1, batch_size=64, lrs=[1e-3], seeds=seeds)
 
 
 # --------------------------------------------------------------------------------------------------- committed records
