@@ -30,6 +30,7 @@ def project(tmp_path: Path) -> Path:
         "src/usf/colours.py": "",
         "src/usf/study/__init__.py": "",
         "src/usf/study/profile.py": "",
+        "src/usf/study/tables.py": "from usf import paths\ntable = paths.results('a.csv')",
         "src/usf/flows.py": "",
         "book/intro.md": "# Intro",
     }
@@ -44,8 +45,7 @@ def project(tmp_path: Path) -> Path:
     ("changed", "stale"),
     [
         ("requirements.lock", True),
-        ("data/results/a.csv", True),
-        ("data/results/new.csv", True),
+        ("data/results/a.csv", False),
         ("src/usf/plots/theme.py", True),
         ("src/usf/study/profile.py", True),
         ("src/usf/colours.py", True),  # through a relative import, two steps away
@@ -59,6 +59,24 @@ def test_a_chapter_is_stale_when_something_it_uses_changed(project: Path, change
     with (project / changed).open("a") as stream:
         stream.write("# changed\n")
     assert (Fingerprints(project).of(CODE) != before) == stale
+
+
+@pytest.mark.parametrize("code", ["import usf.study.tables", "from usf import paths\npaths.data('results')"])
+@pytest.mark.parametrize("changed", ["a.csv", "new.csv"])
+def test_data_count_where_they_are_asked_for(project: Path, code: str, changed: str) -> None:
+    before = Fingerprints(project).of(code)
+    (project / "data" / "results" / changed).write_text("x\n2\n")
+    assert Fingerprints(project).of(code) != before
+
+
+def test_shared_material_counts_where_it_is_asked_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USF_SHARED", str(project / "material"))
+    code = "from usf import paths\npaths.shared('images')"
+    before = Fingerprints(project).of(code), Fingerprints(project).of(CODE)
+    (project / "material" / "images").mkdir(parents=True)
+    (project / "material" / "images" / "a.png").write_bytes(b"1")
+    assert Fingerprints(project).of(code) != before[0]
+    assert Fingerprints(project).of(CODE) == before[1]
 
 
 def test_environment_is_part_of_the_fingerprint(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +134,7 @@ def test_builds(project: Path) -> None:
         return result.returncode, sorted(log.read_text().split()), result.stdout + result.stderr
 
     chapter("intro", "x = 1")
-    chapter("01-one", "print(6 * 7)")
+    chapter("01-one", "print(6 * 7)  # paths.data")
     status, executed, said = build()
     assert (status, executed) == (0, ["01-one", "intro"]), said
     assert "42" in (project / "_build" / "html" / "book" / "01-one.html").read_text()
@@ -125,7 +143,7 @@ def test_builds(project: Path) -> None:
     assert build()[:2] == (0, [])
 
     (project / "data" / "results" / "a.csv").write_text("x\n2\n")
-    assert build()[:2] == (0, ["01-one", "intro"])
+    assert build()[:2] == (0, ["01-one"])
 
     chapter("01-one", "1 / 0")
     for _ in range(2):  # a second attempt must not take the first one's failure for a result

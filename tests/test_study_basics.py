@@ -59,8 +59,9 @@ def test_profiles_name_the_same_settings() -> None:
 def test_records_are_counted_by_outcome(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("seed,status,auroc\n0,ok,99\n1,nan in epoch 3,\n2,ok,98\n")
     (tmp_path / "b.csv").write_text("seed,auroc\n0,97\n")
-    assert status.count_records(tmp_path) == (3, 1)
-    assert status.count_records(tmp_path / "none") == (0, 0)
+    assert status.count_records(tmp_path, "*.csv") == (3, 1)
+    assert status.count_records(tmp_path, "a.csv") == (2, 1)
+    assert status.count_records(tmp_path / "none", "*.csv") == (0, 0)
 
 
 def test_status_says_what_is_missing() -> None:

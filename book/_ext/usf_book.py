@@ -54,23 +54,24 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 class Fingerprints:
     """Digest of what a chapter's output depends on besides its own text.
 
-    That is: the lock file, ``data/``, the modules of ``src/usf`` that the chapter imports (and those they import), the
-    profile, and which optional material lies in the shared folder.
+    That is: the lock file, the profile, and the modules of ``src/usf`` that the chapter imports (and those they
+    import). Where one of these asks ``usf.paths`` for ``data/`` or for the shared material, that counts as well: the
+    former by content, the latter by names and sizes.
     """
 
     def __init__(self, root: Path) -> None:
         self.src = root / "src"
         self._digests: dict[Path, str] = {}
         self._imports: dict[Path, frozenset[str]] = {}
-        everywhere = [root / "requirements.lock", *sorted(p for p in (root / "data").rglob("*") if p.is_file())]
-        self.common = [f"{path.relative_to(root)} {self._digest(path)}" for path in everywhere if path.exists()]
-        self.common += [f"{name}={os.environ.get(name, '')}" for name in ("USF_PROFILE", "USF_SHARED")]
+        self.common = [f"{name}={os.environ.get(name, '')}" for name in ("USF_PROFILE", "USF_SHARED")]
+        self.common += [f"lock {self._digest(path)}" for path in root.glob("requirements.lock")]
+        files = sorted(path for path in (root / "data").rglob("*") if path.is_file())
+        self.data = [f"{path.relative_to(root)} {self._digest(path)}" for path in files]
+        shared = Path(os.environ.get("USF_SHARED") or root.parent / "shared")
+        files = sorted(path for part in ("images", "weights") for path in (shared / part).rglob("*") if path.is_file())
+        self.shared = [f"{path.relative_to(shared)} {path.stat().st_size}" for path in files]
         chapters = sorted((root / "book").glob("*.md"))
         self.headings = [f"{p.name} {re.findall('^# .*', p.read_text('utf8'), re.MULTILINE)[:1]}" for p in chapters]
-        shared = Path(os.environ.get("USF_SHARED") or root.parent / "shared")
-        for folder in ("images", "weights"):
-            files = sorted(p for p in (shared / folder).rglob("*") if p.is_file())
-            self.common += [f"{p.relative_to(shared)} {p.stat().st_size}" for p in files]
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:
@@ -124,10 +125,16 @@ class Fingerprints:
 
     def of(self, code: str) -> str:
         """The fingerprint of a chapter, given its code."""
-        lines = [f"{path.relative_to(self.src)} {self._digest(path)}" for path in self.sources(code)]
-        if any(line.startswith("usf/study/status.py ") for line in lines):  # it lists the chapters there are
+        files = self.sources(code)
+        lines = self.common + [f"{path.relative_to(self.src)} {self._digest(path)}" for path in files]
+        text = "\n".join([code, *(path.read_text("utf8") for path in files if path.name != "paths.py")])
+        if re.search(r"\bpaths\.(data|results|root)\b|from usf\.paths import", text):
+            lines += self.data
+        if re.search(r"\bpaths\.(shared|root)\b|from usf\.paths import", text):
+            lines += self.shared
+        if self.src / "usf" / "study" / "status.py" in files:  # it lists the chapters there are
             lines += self.headings
-        return hashlib.sha256("\n".join(self.common + lines).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def read(env: Any, docname: str, fingerprint: str = "") -> tuple[Any, Any] | None:

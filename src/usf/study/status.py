@@ -1,8 +1,8 @@
 """What of the paper is reproduced, read off the files that exist: chapters and measured records.
 
 The claims stand in ``data/paper/claims.csv``, one row each: the place in the paper, the claim in our words, the chapter
-that checks it (its name without the number), and the folder in ``data/results/`` whose records it needs (empty for a
-claim that its chapter derives or computes on every build).
+that checks it (its name without the number), and the files in ``data/results/`` whose records it needs, as a pattern
+(empty for a claim that its chapter derives or computes on every build).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Claim:
     chapter, title:
         File name (without suffix) and heading of the chapter that checks it; ``None`` where it is not written yet.
     records:
-        Name of the folder with the records it needs, or ``None``.
+        Pattern of the files with the records it needs, or ``None``.
     succeeded, failed:
         Number of records by outcome.
     """
@@ -52,13 +52,13 @@ class Claim:
         return f"{runs}, {self.failed} failed" if self.failed else runs
 
 
-def count_records(folder: Path) -> tuple[int, int]:
-    """Rows of all CSV files in a folder, as (succeeded, failed).
+def count_records(folder: Path, pattern: str) -> tuple[int, int]:
+    """Rows of the CSV files in a folder that match a pattern, as (succeeded, failed).
 
     A row has failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records.
     """
     succeeded = failed = 0
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob(pattern)):
         with path.open(newline="", encoding="utf8") as stream:
             for row in csv.DictReader(stream):
                 if row.get("status", "ok") == "ok":
@@ -88,7 +88,7 @@ def claims() -> list[Claim]:
         for row in csv.DictReader(stream):
             chapter = next(iter(sorted(paths.book().glob(f"[0-9][0-9]-{row['chapter']}.md"))), None)
             records = row["records"] or None
-            succeeded, failed = count_records(paths.results(records)) if records else (0, 0)
+            succeeded, failed = count_records(paths.results(), records) if records else (0, 0)
             found.append(
                 Claim(
                     place=row["place"],
