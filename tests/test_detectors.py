@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
+from anomalib.data import Folder
+from anomalib.engine import Engine
 from anomalib.models import Fastflow as StockFastflow
 from anomalib.models.components.flow import AllInOneBlock
 from anomalib.models.image.fastflow import torch_model
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from usf.detectors import Block, Fastflow, FastflowModel, FlowOptions, backbones, resolve
 from usf.detectors.coupling import building_with
-from usf.study import detection
-from usf.study.features import Features
+from usf.study import detection, textures
+from usf.study.features import Features, extract
+from usf.study.images import load_masks, read
 
 SIZE = 32
 STOCK = FlowOptions(coupling="affine", mixing="permutation")
@@ -253,6 +257,39 @@ def test_checkpoint_brings_choice_and_backbone(tmp_path: Path, images: Tensor) -
     with torch.no_grad():
         before, after = (network.model.eval()(images).anomaly_map for network in (detector, loaded))
     assert torch.equal(before, after)
+
+
+def test_runs_in_anomalibs_engine_and_its_areas_are_the_exact_ones(tmp_path: Path) -> None:
+    root = textures.ensure(small=True)
+    data = Folder(
+        name="weave",
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
+        mask_dir=[f"ground_truth/{kind}" for kind in textures.DEFECTS],
+        train_batch_size=6,
+        eval_batch_size=5,  # several batches, so that an area that squashes each on its own would differ
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
+    detector = Fastflow(
+        flow_steps=1,
+        backbone_weights="random",
+        input_size=(SIZE, SIZE),
+        visualizer=False,
+        # Normalised scores are clipped to [0, 1] around the threshold, which makes ties.
+        post_processor=PostProcessor(enable_normalization=False),
+    )
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    engine.fit(detector, data)
+    reported = engine.test(detector, data)[0]
+
+    folder = read(root)
+    features = extract(detector.model.feature_extractor, [sample.path for sample in folder.test], SIZE, progress=False)
+    result = detection.evaluate(detector.model, features)
+    assert reported["image_AUROC"] == pytest.approx(result.image_auroc(folder.labels), abs=1e-5)
+    assert reported["pixel_AUROC"] == pytest.approx(result.pixel_auroc(load_masks(folder.test, SIZE)), abs=2e-3)
 
 
 def test_layer_norm_and_global_scale_can_be_frozen() -> None:

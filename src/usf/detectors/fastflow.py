@@ -136,6 +136,10 @@ class Fastflow(lightning_model.Fastflow):
     same random draws. Works in anomalib's ``Engine``; every choice is a hyper-parameter of the checkpoint, which also
     brings the backbone, so that loading one needs no weight file.
 
+    anomalib's post-processor clips normalised scores to [0, 1] around its threshold before they are ranked, which can
+    make
+    ties. ``post_processor=PostProcessor(enable_normalization=False)`` gives areas on the scores as they are.
+
     Args:
         backbone, flow_steps, conv3x3_only, hidden_ratio: as in anomalib; the defaults are those of section 5.1.
         backbone_weights: a safetensors file, ``"hub"``, ``"random"``, or ``None`` for the stated order, see
