@@ -58,7 +58,8 @@ def density_contours(axis: Axes, target: Target, levels: Sequence[float], *, cel
 
 
 def _circles(axis: Axes, radii: Sequence[float], **style: Any) -> None:
-    angle = np.linspace(0, 2 * np.pi, 400)
+    angle = np.linspace(0, 2 * np.pi, 4000)
+    axis.autoscale(False)
     for radius in radii:
         axis.plot(radius * np.cos(angle), radius * np.sin(angle), **{"color": INK, "lw": 1.0, "ls": "--", **style})
 
@@ -72,6 +73,7 @@ def _plane(axis: Axes, title: str, *coordinates: Array) -> None:
     axis.set_ylim(centre[1] - half, centre[1] + half)
     axis.set_aspect("equal")
     axis.set_title(title)
+    axis.locator_params(nbins=4)
     axis.tick_params(length=2.5, labelsize=8)
 
 
@@ -97,7 +99,8 @@ def latent_spaces(points: Rows) -> Figure:
         axis = axes[i]
         z0, z1, true, distance = _columns(points, model, 2, "z0", "z1", "true", "norm")
         radii = [float(np.quantile(distance, 0.99))] if model == "deep-svdd" else [1.0, 2.0, 3.0]
-        reach = np.array([-radii[-1], radii[-1]])
+        # A collapsed Deep SVDD is a dot at the scale of its distances: there the points set the window, not the circle.
+        reach = np.array([] if model == "deep-svdd" else [-radii[-1], radii[-1]])
         _plane(axis, f"{_letter(i)} {NAMES[model]}", np.append(z0, reach), np.append(z1, reach))
         _latent_panel(axis, np.stack([z0, z1]), true, norm, DENSITY_CMAP)
         _circles(axis, radii)
@@ -235,7 +238,7 @@ def all_trials(trials: Rows, oracle: Rows, best: Rows) -> Figure:
 
 
 def collapse(trials: Rows) -> Figure:
-    """Deep SVDD, all trials and dimensions: loss, spread of the latents and rank correlation."""
+    """Deep SVDD, all trials and dimensions: loss against spread and effective rank; rings mark the lowest losses."""
     rows = [r for r in trials if r["model"] == "deep-svdd" and r["status"] == "ok"]
     dims = sorted({int(r["dim"]) for r in rows})
     figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.2))
@@ -246,6 +249,9 @@ def collapse(trials: Rows) -> Figure:
         style: dict[str, Any] = {"marker": markers[dim], "ls": "", "alpha": 0.85, "label": f"d = {dim}"}
         axes[0].plot(loss, [r["spread"] for r in mine], color=COLORS["deep-svdd"], **style)
         axes[1].plot(loss, [r["effective_rank"] / dim for r in mine], color=COLORS["deep-svdd"], **style)
+        lowest = min(mine, key=lambda r: r["val_loss"])
+        for axis, value in zip(axes, (lowest["spread"], lowest["effective_rank"] / dim), strict=True):
+            axis.scatter(lowest["val_loss"], value, s=110, facecolor="none", edgecolor=INK, lw=1.2)
     axes[0].set(xscale="log", yscale="log", xlabel="one-class loss (validation)", ylabel="spread / norm of the centre")
     axes[1].set(xscale="log", xlabel="one-class loss (validation)", ylabel="effective rank / d", ylim=(0, 1.05))
     axes[0].legend()
