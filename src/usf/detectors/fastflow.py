@@ -137,8 +137,7 @@ class Fastflow(lightning_model.Fastflow):
     brings the backbone, so that loading one needs no weight file.
 
     anomalib's post-processor clips normalised scores to [0, 1] around its threshold before they are ranked, which can
-    make
-    ties. ``post_processor=PostProcessor(enable_normalization=False)`` gives areas on the scores as they are.
+    make ties. ``post_processor=PostProcessor(enable_normalization=False)`` gives areas on the scores as they are.
 
     Args:
         backbone, flow_steps, conv3x3_only, hidden_ratio: as in anomalib; the defaults are those of section 5.1.
@@ -175,10 +174,9 @@ class Fastflow(lightning_model.Fastflow):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # anomalib's own constructor would build the stock network first; what it does besides is the four attributes
-        # below.
         if pre_processor is True and input_size is not None:
             pre_processor = self.configure_pre_processor((int(input_size[0]), int(input_size[1])))
+        # Not super(): anomalib's constructor would build the stock network first, and only sets attributes besides.
         AnomalibModule.__init__(
             self,
             pre_processor=pre_processor,
