@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from usf import paths
+from usf.plots import images as figures
 from usf.study import images
+from usf.study.detection import FitHistory
 from usf.study.features import FeatureCacheError, Features, extract
 from usf.study.images import ImageFolderError, read
 
@@ -266,3 +269,29 @@ def test_features_are_checked(folder: Path, tmp_path: Path) -> None:
         extract(Pyramid(), read(folder).train, 16, cache=tmp_path)
     with pytest.raises(ValueError, match="same number"):
         Features((torch.zeros(2, 1, 1, 1), torch.zeros(3, 1, 1, 1)))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_every_image_map_and_kind() -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((3, 8, 8), dtype=bool)
+    masks[1:, 2:4, 2:6] = True
+    maps = {name: rng.random((3, 8, 8), dtype=np.float32) + 0.1 for name in ("affine", "USF")}
+    figure = figures.anomaly_maps(torch.rand(3, 3, 8, 8), masks, maps, ["good", "crack", "dent"])
+    drawn = [axis for axis in figure.axes if axis.get_visible() and axis.images]
+    assert len(drawn) == 4 * 3
+    assert [axis.get_title() for axis in drawn[:3]] == ["good", "crack", "dent"]
+    with pytest.raises(ValueError, match="same length"):
+        figures.anomaly_maps(torch.rand(3, 3, 8, 8), masks[:2], maps, ["good", "crack", "dent"])
+
+    history = FitHistory(train=[2.0, 1.0], val=[1.5, 1.2], seconds=1.0, steps=4, best_epoch=2)
+    curves = figures.training_curves({"affine": history, "USF": history}, {"affine": "non-usf", "USF": "usf"})
+    assert len(curves.axes[0].lines) == 4
+
+    scores = {"USF": np.array([1, 2, 3, 4], dtype=np.float32)}
+    strips = figures.scores_by_kind(scores, ["good", "good", "dent", "crack"])
+    assert [label.get_text() for label in strips.axes[0].get_yticklabels()] == ["good", "crack", "dent"]
+    assert strips.axes[0].lines[-1].get_xdata()[0] == 2
+    plt.close("all")

@@ -65,7 +65,7 @@ def anomaly_maps(
             if masks[column].any():
                 axes[row, column].contour(masks[column], levels=[0.5], colors="white", linewidths=0.7)
         ticks = [low, (low * high) ** 0.5, high]
-        bar = figure.colorbar(shown, cax=axes[row, count], ticks=ticks, format="%.2g")
+        bar = figure.colorbar(shown, cax=axes[row, count], ticks=ticks, format="%.3g")
         bar.ax.minorticks_off()
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
