@@ -20,7 +20,7 @@ LAWS = ("chi", "gamma-mixture", "spline")
 def scrambled(shape: tuple[int, ...], order: float, law: str, seed: int = 0) -> RadialBase:
     """A base with parameters away from where they start, in double precision."""
     torch.manual_seed(seed)
-    base = RadialBase(shape, order, law).double()  # type: ignore[arg-type]
+    base = RadialBase(shape, order, law).double()
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))

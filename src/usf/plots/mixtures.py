@@ -282,8 +282,8 @@ def gaps(rows: Rows) -> Figure:
                     axis.barh(place, row["excess_nll"], height=0.62, color=color, alpha=0.85, lw=0)
                 else:
                     axis.text(0.02, place, "failed", va="center", transform=axis.get_yaxis_transform())
-                if row["gap"]:
-                    axis.plot([row["gap"]] * 2, [place - 0.42, place + 0.42], color=INK, lw=1.6)
+                if row.get("test_gap"):
+                    axis.plot([row["test_gap"]] * 2, [place - 0.42, place + 0.42], color=INK, lw=1.6)
         axis.set_title(target)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), [BASES[name][0] for name in names])

@@ -257,7 +257,7 @@ COLUMNS: tuple[str, ...] = tuple(
     blocks layers width depth lr batch_size weight_decay
     latent_std_min latent_std_median latent_std_max spread effective_rank distinct_fraction
     log_det_std seed settings_hash run
-    """.split()  # noqa: SIM905 - thirty-seven quoted names would hide their grouping
+    """.split()
 )
 """Columns of ``trials.csv``. ``excess_nll`` is test NLL minus the mean of the exact -ln p over the same test points."""
 
