@@ -130,9 +130,10 @@ class ImageFolder:
     def describe(self) -> str:
         """One line for outputs, captions and records."""
         bad = int(self.labels.sum())
+        kinds = f"{len(self.defects)} kind{'s' if len(self.defects) != 1 else ''} of defect"
         return (
             f"{self.name} from {self.source}: {len(self.train)} normal images to train on, "
-            f"{len(self.test) - bad} normal and {bad} anomalous ones ({len(self.defects)} kinds of defect) to test on, "
+            f"{len(self.test) - bad} normal and {bad} anomalous ones ({kinds}) to test on, "
             f"manifest {self.manifest.sha256[:12]}"
         )
 
