@@ -260,6 +260,7 @@ def collapse(trials: Rows) -> Figure:
 
 BASES = {
     "gaussian": ("normal", COLORS["usf"]),
+    "gaussian shaken": ("normal, shaken start", COLORS["normal"]),
     "laplace": ("Laplace", COLORS["gin"]),
     "gamma mixture": ("radial, gamma mixture", COLORS["deep-svdd"]),
     "spline": ("radial, spline", COLORS["anomaly"]),
