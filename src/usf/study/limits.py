@@ -54,7 +54,7 @@ BASES: dict[str, Callable[[], Base]] = {
 
 
 SHAKE = 0.1
-"""Standard deviation of the conditioners' last weights where a name ends in ``shaken``; otherwise they start at zero."""
+"""Standard deviation of the conditioners' last weights where a name ends in ``shaken``; else they start at zero."""
 
 FIXED = ("gaussian", "gaussian shaken", "laplace")
 """Bases without parameters: those that the rearrangement bound limits."""
