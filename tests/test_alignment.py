@@ -137,7 +137,7 @@ def test_a_constant_feature_is_refused() -> None:
             baseline(train, train)
 
 
-# ----------------------------------------------------------------------------------------------- the rearrangement bound
+# ---------------------------------------------------------------------------------------------- the rearrangement bound
 
 
 @pytest.mark.parametrize("dim", [1, 2, 8, 32, 128])
@@ -160,7 +160,7 @@ def test_rearranged_radii_of_an_isotropic_gaussian_are_its_norms() -> None:
 
 
 def test_a_laplace_product_has_no_gap_under_a_laplace_base_and_a_known_one_under_a_gaussian() -> None:
-    """Closed form: with p = prod exp(-|x|)/2, volume of {|x|_1 < s} is (2s)^d/d!, so r^2 = c s^2 with d = 2, E s^2 = 6."""
+    """Closed form: p = prod exp(-|x|)/2 and {|x|_1 < s} has volume (2s)^d/d!, so r^2 = c s^2 with d = 2, E s^2 = 6."""
     rng = np.random.default_rng(0)
     x = rng.laplace(size=(400_000, 2))
     log_density = -np.abs(x).sum(1) - 2 * math.log(2)
@@ -194,7 +194,7 @@ def test_the_bound_refuses_what_it_cannot_do() -> None:
         al.rearrangement_bound(np.zeros(50), 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- targets
+# -------------------------------------------------------------------------------------------------------------- targets
 
 
 ALL_TARGETS = {
