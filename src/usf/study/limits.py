@@ -85,7 +85,7 @@ def settings(profile: str) -> Settings:
         profile,
         smoke=Settings(few, ("gaussian", "gamma mixture"), 3, (32, 32), 3_000, 500, 1_000, 3, bound_samples=50_000),
         book=Settings(
-            few, ("gaussian", "gamma mixture"), 6, (32, 32), 20_000, 2_000, 5_000, 24, lr=1e-2, bound_samples=200_000
+            few, ("gaussian", "gamma mixture"), train=20_000, val=2_000, test=5_000, lr=1e-2, bound_samples=200_000
         ),
         full=Settings(),
     )
