@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,6 +94,22 @@ def test_code_that_does_not_parse_depends_on_everything(project: Path) -> None:
 def test_fingerprint_goes_into_the_front_matter_once() -> None:
     text = "---\nkernelspec:\n  name: python3\n---\n\nkernelspec:\n"
     assert signed(text, "abc") == "---\nkernelspec:\n  fingerprint: 'abc'\n  name: python3\n---\n\nkernelspec:\n"
+
+
+def test_papermill_sets_the_parameters(tmp_path: Path) -> None:
+    """As the README shows it, from a folder that is not the repository's."""
+    programs = Path(sys.executable).parent
+    notebook, out = tmp_path / "intro.ipynb", tmp_path / "out.ipynb"
+    convert = [programs / "jupytext", "--quiet", "--to", "notebook", "--output", notebook, ROOT / "book" / "intro.md"]
+    subprocess.run(convert, check=True, cwd=ROOT)
+    command = [programs / "papermill", notebook, out, "-p", "profile", "smoke"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Executing: 100%" in result.stderr
+    sources = ["".join(cell["source"]) for cell in json.loads(out.read_text("utf8"))["cells"]]
+    injected = next(position for position, source in enumerate(sources) if source.startswith("# Parameters"))
+    assert 'profile = "smoke"' in sources[injected]
+    assert 'os.environ.get("USF_PROFILE"' in sources[injected - 1]
 
 
 CHAPTER = """---
