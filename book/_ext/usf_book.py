@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,7 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
                 todo.append((name, *found))
     if not todo:
         return
-    cores = os.cpu_count() or 1
-    jobs = min(len(todo), cores)
+    jobs = min(len(todo), os.cpu_count() or 1)
 
     def run(item: tuple[str, Any, Any]) -> Any:
         name, _, notebook = item
@@ -217,23 +216,17 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
         print(f"executing {name} ... {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
         return result
 
-    # The cores are shared out among the chapters: threads that compete would make all of them slower.
-    previous = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = previous or str(cores // jobs)
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            results = list(pool.map(run, todo))
-    finally:
-        if previous is None:
-            del os.environ["OMP_NUM_THREADS"]
     errors = []
-    for (name, reader, notebook), result in zip(todo, results, strict=True):
-        if result.err is not None:
-            errors.append(f"{name}.md: {type(result.err).__name__}\n{result.err}")
-            continue
-        record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
-        bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
-        cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, item): item for item in todo}
+        for future in as_completed(futures):  # kept at once: an interrupted build goes on where it stopped
+            (name, reader, notebook), result = futures[future], future.result()
+            if result.err is not None:
+                errors.append(f"{name}.md: {type(result.err).__name__}\n{result.err}")
+                continue
+            record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
+            bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
+            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
     if errors:
         sys.exit("\n".join([*errors, f"{len(errors)} of {len(todo)} executed chapters failed."]))
 
@@ -242,6 +235,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Entry point for Sphinx."""
     os.environ.setdefault("USF_PROFILE", "book")
     os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no result
+    # One thread a chapter, however many run: another order of summation gives other numbers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("env-get-outdated", outdated)
     app.connect("env-before-read-docs", execute, priority=900)
