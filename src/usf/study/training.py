@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,7 @@ def fit(
         epochs: at most this many passes.
         lr: peak learning rate.
         patience: stop after this many epochs without a new best validation loss; needs ``val``.
+        progress: show a bar over the epochs, where tqdm is installed (the ``book`` extra).
         schedule: ``"constant"`` or ``"cosine"`` (to zero over ``epochs``).
 
     Raises:
@@ -77,8 +80,13 @@ def fit(
     if patience is not None and val is None:
         raise ValueError("patience needs a validation set: pass val, or patience=None")
 
-    from tqdm.auto import tqdm
+    # Not a dependency of the library: without it a training runs just as well, unseen.
+    bar: Any = None
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
 
+            bar = tqdm(total=epochs, desc=label, unit="epoch", leave=False)
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in module.parameters() if p.requires_grad]
     # `fused` updates the many small tensors of a flow's layers in one call: a third of the time of `foreach` on a CPU.
@@ -90,8 +98,7 @@ def fit(
     history = History()
     best, best_state = float("inf"), None
     started = time.perf_counter()
-    bar = tqdm(range(epochs), desc=label, disable=not progress, leave=False)
-    for epoch in bar:
+    for epoch in range(epochs):
         module.train()
         order = torch.randperm(n, generator=generator).to(train.device)
         total = torch.zeros((), device=train.device, dtype=torch.float64)
@@ -124,8 +131,11 @@ def fit(
                 best_state = {k: v.detach().clone() for k, v in module.state_dict().items()}
             elif patience is not None and epoch - history.best_epoch >= patience:
                 break
-        bar.set_postfix(train=f"{history.train[-1]:.4f}", refresh=False)
-    bar.close()
+        if bar is not None:
+            bar.update()
+            bar.set_postfix(train=f"{history.train[-1]:.4f}", refresh=False)
+    if bar is not None:
+        bar.close()
     if best_state is not None:
         module.load_state_dict(best_state)
     else:
