@@ -41,12 +41,15 @@ ARCHITECTURES = {
     "usflow": USFlow,
     "usflow-gin": lambda s, b, **k: USFlow(s, b, coupling="gin", **k),
     "nonusflow": NonUSFlow,
+    "nonusflow-softplus": lambda s, b, **k: NonUSFlow(s, b, activation="softplus", **k),
 }
 BIJECTIONS = {
     "additive": AdditiveCoupling,
     "additive-checkerboard": lambda s: AdditiveCoupling(s, mask="checkerboard"),
     "additive-alternating": lambda s: AdditiveCoupling(s, mask="alternating", flip=True),
     "affine": AffineCoupling,
+    "affine-softplus": lambda s: AffineCoupling(s, activation="softplus"),
+    "affine-softplus-checkerboard": lambda s: AffineCoupling(s, mask="checkerboard", activation="softplus"),
     "affine-checkerboard": lambda s: AffineCoupling(s, mask="checkerboard", flip=True),
     "gin": GinCoupling,
     "gin-alternating": lambda s: GinCoupling(s, mask="alternating"),
@@ -214,6 +217,16 @@ def test_clamp_bounds_the_log_scale() -> None:
     assert layer(torch.zeros(4))[1].item() == pytest.approx(2 * 0.5)
 
 
+def test_softplus_scale_starts_at_one_and_is_softplus_of_the_clamped_value() -> None:
+    layer = AffineCoupling((4,), clamp=2.0, hidden=(8,), activation="softplus").double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0], x, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        layer.conditioner[-1].bias[:2] = 0.7
+    scale = math.log1p(math.exp(2.0 * math.tanh(0.7))) / math.log(2)
+    torch.testing.assert_close(layer(x)[0][:, 2:], scale * x[:, 2:])
+
+
 # --- linear maps ------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +314,7 @@ def test_masks_are_buffers_and_survive_double() -> None:
         (lambda: AdditiveCoupling((3,), mask=torch.ones(2)), "mask has shape"),
         (lambda: AdditiveCoupling((3,), mask="halves"), "unknown mask"),
         (lambda: AffineCoupling((2,), clamp=0), "clamp must be positive"),
+        (lambda: AffineCoupling((2,), activation="relu"), "unknown activation 'relu'"),  # type: ignore[arg-type]
         (lambda: Sandwich(LULinear((2,)), AdditiveCoupling((3,))), "one shape"),
         (lambda: Chain([]), "at least one bijection"),
         (lambda: Chain([LULinear((2,)), LULinear((3,))]), "one shape"),

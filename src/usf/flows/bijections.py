@@ -26,6 +26,7 @@ from usf.flows.conditioners import default_conditioner
 Conditioner = Callable[[int, int, int], nn.Module]
 """Builds a conditioner from (in_channels, out_channels, number of spatial axes)."""
 Diagonal = Literal["learned", "fixed"]
+Activation = Literal["exp", "softplus"]
 
 
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -263,6 +264,9 @@ class AffineCoupling(_Coupling):
 
     Args:
         clamp: kappa > 0, the bound of the log-scale; one conditioner computes f and g, as in the paper.
+        activation: what maps the clamped value to the scale. ``"exp"``, the formula above, or ``"softplus"`` (the
+            paper's VAE-NonUSFlow, section 4.4) in place of the exponential, divided by ln 2 so that it starts as the
+            identity too.
 
     Other arguments and errors as in :class:`AdditiveCoupling`.
     """
@@ -275,6 +279,7 @@ class AffineCoupling(_Coupling):
         shape: int | Sequence[int],
         *,
         clamp: float = 2.0,
+        activation: Activation = "exp",
         mask: MaskName | Tensor = "channel",
         flip: bool = False,
         hidden: Sequence[int] = (64, 64),
@@ -282,12 +287,19 @@ class AffineCoupling(_Coupling):
     ) -> None:
         if not clamp > 0:
             raise ValueError(f"clamp must be positive, got {clamp}; for a coupling without scale use AdditiveCoupling")
+        if activation not in ("exp", "softplus"):
+            raise ValueError(f"unknown activation {activation!r}: use 'exp' or 'softplus'")
         super().__init__(shape, mask=mask, flip=flip, hidden=hidden, conditioner=conditioner)
         self.clamp = float(clamp)
+        self.activation = activation
 
     def _log_scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raw, shift = self._parameters_of(x)
-        return self.clamp * torch.tanh(raw), shift
+        clamped = self.clamp * torch.tanh(raw)
+        if self.activation == "softplus":
+            # Zero where the raw value is: also what an inverted mask leaves alone keeps its scale of one.
+            return F.softplus(clamped).log() - math.log(math.log(2)), shift
+        return clamped, shift
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._log_scale_and_shift(x)
@@ -301,7 +313,7 @@ class AffineCoupling(_Coupling):
         return log_scale.sum(self.event_dims)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, clamp={self.clamp}"
+        return f"{super().extra_repr()}, clamp={self.clamp}, activation={self.activation}"
 
 
 class GinCoupling(AffineCoupling):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from usf.flows.bases import Base, GaussianBase
 from usf.flows.bijections import (
+    Activation,
     AdditiveCoupling,
     AffineCoupling,
     Bijection,
@@ -447,7 +448,7 @@ class NonUSFlow(_Architecture):
     log-scale besides the shift.
 
     Args:
-        clamp: bound of the log-scale, see :class:`usf.flows.AffineCoupling`.
+        clamp, activation: see :class:`usf.flows.AffineCoupling`.
 
     Other arguments and errors as in :class:`USFlow`.
     """
@@ -459,13 +460,14 @@ class NonUSFlow(_Architecture):
         *,
         hidden: Sequence[int] = (64, 64),
         clamp: float = 2.0,
+        activation: Activation = "exp",
         mask: MaskName | None = None,
         diagonal: Diagonal = "learned",
         base: Base | None = None,
         conditioner: Conditioner | None = None,
     ) -> None:
         def build(event: tuple[int, ...], **options: Any) -> Bijection:
-            return AffineCoupling(event, clamp=clamp, **options)
+            return AffineCoupling(event, clamp=clamp, activation=activation, **options)
 
         super().__init__(
             shape,
@@ -476,5 +478,5 @@ class NonUSFlow(_Architecture):
             diagonal=diagonal,
             base=base,
             conditioner=conditioner,
-            settings={"clamp": clamp},
+            settings={"clamp": clamp, "activation": activation},
         )
