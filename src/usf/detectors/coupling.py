@@ -2,8 +2,8 @@
 
 anomalib's FastFlow, CFlow and U-Flow all stack ``AllInOneBlock``: an affine coupling, a learned scale per channel, a
 hard random permutation. :class:`Block` keeps its interface, its parameters' names and its order of random draws, and
-replaces two methods: the coupling (``_affine``) and the mixing (``_permute``). :func:`building_with` puts it in the
-place of the original while a detector is constructed, so that the detector's own code stays anomalib's.
+replaces the coupling and the mixing. :func:`building_with` puts it in the place of the original while a detector is
+constructed, so that the detector's own code stays anomalib's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -46,7 +47,9 @@ class FlowOptions:
         global_scale: keep anomalib's learned scale per channel. Constant over inputs, so a uniformly scaling flow may
             have it; without it, and with a fixed diagonal, every log-determinant is exactly zero.
         train_layer_norm: train the layer normalisation that anomalib puts before the flow. Its Jacobian is not counted
-            in the loss, so that training it lets the likelihood grow without bound.
+            in anomalib's loss, so that training it lets that loss fall without bound.
+        match_parameters: widen additive coupling networks to the size of the affine ones. Without it they are smaller,
+            for they have half the outputs. LU's own parameters come on top either way.
 
     Raises:
         ValueError: an unknown value, naming the option.
@@ -60,6 +63,7 @@ class FlowOptions:
     diagonal: Diagonal = "fixed"
     global_scale: bool = True
     train_layer_norm: bool = True
+    match_parameters: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("coupling", Coupling), ("mixing", Mixing), ("diagonal", Diagonal)):
@@ -96,6 +100,8 @@ class Block(AllInOneBlock):
     w_perm: nn.Parameter
     w_perm_inv: nn.Parameter
     permute_function: Callable[..., Tensor]
+    order: Tensor
+    back: Tensor
 
     def __init__(
         self,
@@ -108,60 +114,166 @@ class Block(AllInOneBlock):
         for unsupported in ("gin_block", "learned_householder_permutation", "reverse_permutation"):
             if kwargs.get(unsupported):
                 raise ValueError(f"{unsupported} is not supported: choose with coupling and mixing instead")
+        constructor = subnet_constructor
         if options.coupling == "additive":
-            full = subnet_constructor
-
-            def shift_only(channels_in: int, channels_out: int) -> nn.Module:
-                return full(channels_in, channels_out // 2)
-
-            subnet_constructor = shift_only
-        super().__init__(dims_in, subnet_constructor=subnet_constructor, **kwargs)  # type: ignore[arg-type]  # any rank
+            constructor = _halved(constructor)
+            if options.match_parameters:
+                constructor = _matched(constructor, subnet_constructor)
+        super().__init__(dims_in, subnet_constructor=constructor, **kwargs)  # type: ignore[arg-type]  # any rank
         self.options = options
         self.lu = LULinear(dims_in[0], diagonal=options.diagonal) if options.mixing == "lu" else None
         if not options.global_scale:
             self.global_scale.requires_grad_(False)
+        # A hard permutation is applied by index; the dense matrices stay in the state dict, under anomalib's names.
+        self.hard = not kwargs.get("permute_soft")
+        self.register_buffer("order", self.w_perm.flatten(1).argmax(dim=1), persistent=False)
+        self.register_buffer("back", self.order.argsort(), persistent=False)
+        self.register_load_state_dict_post_hook(_read_order)
 
-    def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor, conditions: Sequence[Tensor] = (), rev: bool = False) -> tuple[Tensor, Tensor]:
+        """x (N, C, *spatial) -> (y of the same shape, ln|det| by position (N, *spatial), nats).
+
+        The sum over positions is the log-determinant of the block. Under ``gin`` the terms differ between positions and
+        inputs, their sum does not.
+        """
+        constant = x.new_zeros(())
+        if rev:
+            x, constant = self._permute(x, rev=True)
+        x1, x2 = x.split(self.splits, dim=1)
+        a = self.subnet(torch.cat([x1, *conditions], dim=1) if self.conditional else x1)
+        x2, local = self._couple(x2, a, rev)
+        x = torch.cat((x1, x2), dim=1)
+        if not rev:
+            x, constant = self._permute(x)
+        return x, local - constant if rev else local + constant
+
+    def forward(  # type: ignore[override]  # the parent says Tensor, and takes tuples
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """anomalib's interface: ((x,), conditions) -> ((y,), ln|det| (N,), nats)."""
+        del jac
+        y, local = self.transform(x[0], c or (), rev)
+        if self.options.is_uniformly_scaling:
+            # Not the sum of what cancels: the same number for every input, to the last bit.
+            total = local.new_zeros(len(local)) + math.prod(y.shape[2:]) * self.log_scale() * (-1 if rev else 1)
+        else:
+            total = local.reshape(len(local), -1).sum(dim=1)
+        return (y,), total
+
+    def _couple(self, x: Tensor, a: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """The second half of the channels and the log-determinant by position, (N, *spatial)."""
         a = SUBNET_SCALE * a
-        # A fresh tensor: the caller adds to it in place.
-        constant = x.new_zeros(x.shape[0])
         if self.options.coupling == "additive":
-            return (x - a if rev else x + a), constant
-        channels = x.shape[1]
-        log_scale = self.clamp * torch.tanh(a[:, :channels])
-        shift = a[:, channels:]
+            return (x - a if rev else x + a), x.new_zeros(()).expand(x.shape[0], *x.shape[2:])
+        log_scale, shift = a.split(x.shape[1], dim=1)
+        log_scale = self.clamp * torch.tanh(log_scale)
         if self.options.coupling == "gin":
             log_scale = log_scale - log_scale.mean(dim=self.sum_dims, keepdim=True)
-            ladj = constant
-        else:
-            ladj = log_scale.sum(dim=self.sum_dims)
         if rev:
-            return (x - shift) * torch.exp(-log_scale), -ladj
-        return x * torch.exp(log_scale) + shift, ladj
+            return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
+        return x * torch.exp(log_scale) + shift, log_scale.sum(dim=1)
+
+    def log_scale(self) -> Tensor:
+        """The part of ln|det| at a position that does not depend on the input, 0-dim: channel scales and diagonal."""
+        ladj = self.global_scale.new_zeros(())
+        if self.options.global_scale:
+            ladj = ladj + torch.log(self.global_scale_activation(self.global_scale)).sum()
+        if self.lu is not None and self.options.diagonal == "learned":
+            ladj = ladj + self.lu.log_diagonal.sum()
+        return ladj
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        """Scale, offset, permutation and LU; the second value is the log-determinant per position, 0-dim."""
-        if self.options.global_scale:
-            scale = self.global_scale_activation(self.global_scale)
-            ladj = torch.log(scale).sum()
-        else:
-            scale = torch.ones_like(self.global_scale)
-            ladj = x.new_zeros(())
+        """Scale, offset, permutation and LU; the second value is :meth:`log_scale`."""
+        scale = (
+            self.global_scale_activation(self.global_scale)
+            if self.options.global_scale
+            else torch.ones_like(self.global_scale)
+        )
         if rev:
             if self.lu is not None:
                 x = self.lu.solve(x - self.lu.bias.reshape(self.global_offset.shape))
-            return (self.permute_function(x, self.w_perm_inv) - self.global_offset) / scale, self._with_diagonal(ladj)
+            return (self._shuffle(x, rev=True) - self.global_offset) / scale, self.log_scale()
+        if self.lu is None:
+            return self._shuffle(x * scale + self.global_offset), self.log_scale()
+        if not self.lu.is_wide(x):
+            # Fewer vectors than channels: U, then L, instead of their product.
+            return self.lu.linear(self._shuffle(x * scale + self.global_offset), self.lu.bias), self.log_scale()
         # One convolution for scale, offset, permutation, L and U: the product of the small matrices costs less than one
         # more pass over the feature map, forwards and backwards.
-        mixing = self.w_perm.flatten(1) if self.lu is None else self.lu.matrix() @ self.w_perm.flatten(1)
-        bias = mixing @ self.global_offset.flatten()
-        if self.lu is not None:
-            bias = bias + self.lu.bias
+        mixing = self.lu.matrix()
+        mixing = mixing.index_select(1, self.back) if self.hard else mixing @ self.w_perm.flatten(1)
+        bias = self.lu.bias + mixing @ self.global_offset.flatten()
         weight = (mixing * scale.flatten()).reshape(self.w_perm.shape)
-        return self.permute_function(x, weight, bias), self._with_diagonal(ladj)
+        return self.permute_function(x, weight, bias), self.log_scale()
 
-    def _with_diagonal(self, ladj: Tensor) -> Tensor:
-        return ladj + self.lu.log_diagonal.sum() if self.lu is not None and self.options.diagonal == "learned" else ladj
+    def _shuffle(self, x: Tensor, rev: bool = False) -> Tensor:
+        """The permutation, or its inverse, of the channels."""
+        if not self.hard:
+            return self.permute_function(x, self.w_perm_inv if rev else self.w_perm)
+        order, back = (self.back, self.order) if rev else (self.order, self.back)
+        if torch.is_grad_enabled() and x.requires_grad:
+            shuffled: Tensor = _Shuffle.apply(x, order, back)
+            return shuffled
+        return x.index_select(1, order)
+
+
+def _read_order(block: Block, _: object) -> None:
+    """After a state dict was read: the order that its permutation matrix stands for."""
+    block.order.copy_(block.w_perm.flatten(1).argmax(dim=1))
+    block.back.copy_(block.order.argsort())
+
+
+class _Shuffle(torch.autograd.Function):
+    """Channels in another order; the gradient is gathered too, where torch's own would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(1, back), None, None
+
+
+def _halved(constructor: Callable[[int, int], nn.Module]) -> Callable[[int, int], nn.Module]:
+    """The constructor of a network with shifts alone: half as many outputs."""
+
+    def shift_only(channels_in: int, channels_out: int) -> nn.Module:
+        return constructor(channels_in, channels_out // 2)
+
+    return shift_only
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matched(
+    constructor: Callable[[int, int], nn.Module], stock: Callable[[int, int], nn.Module]
+) -> Callable[[int, int], nn.Module]:
+    """The constructor with as many hidden units as bring its network nearest to the size of the ``stock`` one."""
+
+    def matched(channels_in: int, channels_out: int) -> nn.Module:
+        with torch.device("meta"):
+            template, wanted = constructor(channels_in, channels_out), _size(stock(channels_in, channels_out))
+        layers = list(template.children())
+        if len(layers) != 3 or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers[::2]):
+            raise ValueError("match_parameters needs a coupling network of two layers with an activation between")
+        first, activation, last = layers
+        old, out = len(first.weight), len(last.weight)  # type: ignore[arg-type]
+        # The size is linear in the number of hidden units, but for the last layer's bias.
+        hidden = round((wanted - out) * old / (_size(template) - out))
+        if isinstance(first, nn.Linear):
+            return nn.Sequential(nn.Linear(first.in_features, hidden), activation, nn.Linear(hidden, out))
+        return nn.Sequential(
+            nn.Conv2d(channels_in, hidden, first.kernel_size, padding="same"),  # type: ignore[arg-type]
+            activation,
+            nn.Conv2d(hidden, out, last.kernel_size, padding="same"),  # type: ignore[arg-type]
+        )
+
+    return matched
 
 
 _construction = threading.RLock()

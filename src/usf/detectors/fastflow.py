@@ -8,9 +8,9 @@ position is its mean squared latent, in the log domain; the score of an image is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -20,18 +20,16 @@ from anomalib.models.image.fastflow import lightning_model, torch_model
 from anomalib.models.image.fastflow.loss import FastflowLoss
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
+from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 
-__all__ = ["Fastflow", "FastflowModel", "Score"]
-
-Score = Literal["norm", "anomalib"]
+__all__ = ["Fastflow", "FastflowModel"]
 
 
-class FastflowModel(torch_model.FastflowModel):
+class FastflowModel(torch_model.FastflowModel, DetectorModel):
     """anomalib's ``FastflowModel`` with a chosen block, known weights, and its parts callable one by one.
 
     Args:
@@ -41,12 +39,15 @@ class FastflowModel(torch_model.FastflowModel):
         flow_steps: steps per stage.
         conv3x3_only: 3x3 convolutions in every step, instead of alternating 3x3 and 1x1.
         hidden_ratio: hidden channels of the coupling networks over their input channels.
-        score: ``"norm"``: the mean over channels of z^2 / 2, averaged over the stages. ``"anomalib"``: the mean of
-            -exp(-that), which saturates at 0 for strong anomalies.
+        loss: ``"anomalib"``: the negative log-likelihood of what the layer normalisation puts out, whose own trainable
+            scale is not counted; ``"mle"``: that scale is counted as the linear layer that it is.
+        score: see :meth:`DetectorModel.maps <usf.detectors.model.DetectorModel.maps>`.
 
     Raises:
-        ValueError: an input size that is not a multiple of 16, or an unknown score.
+        ValueError: an input size that is not a multiple of 16, or an unknown loss or score.
     """
+
+    label = "FastFlow"
 
     def __init__(
         self,
@@ -56,12 +57,12 @@ class FastflowModel(torch_model.FastflowModel):
         flow_steps: int = 8,
         conv3x3_only: bool = False,
         hidden_ratio: float = 1.0,
+        loss: Loss = "anomalib",
         score: Score = "norm",
     ) -> None:
         if any(side < 16 or side % 16 for side in input_size):
             raise ValueError(f"input size {input_size}: height and width must be multiples of 16 pixels")
-        if score not in get_args(Score):
-            raise ValueError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
+        check_choices(loss, score)
         with building_with(torch_model, options):
             super().__init__(
                 input_size=input_size,
@@ -74,7 +75,9 @@ class FastflowModel(torch_model.FastflowModel):
         if weights.source != "checkpoint":
             backbones.load(self.feature_extractor, weights)
         self.norms.requires_grad_(options.train_layer_norm)
+        self.input_size = (int(input_size[0]), int(input_size[1]))
         self.options = options
+        self.loss_kind = loss
         self.score = score
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -84,49 +87,44 @@ class FastflowModel(torch_model.FastflowModel):
             maps: list[Tensor] = self.feature_extractor(images)
         return maps
 
-    def latents(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Feature maps -> (latent maps of the same shapes, log-determinants (N,) of the flows, one per stage).
-
-        The log-determinants are those of the flows alone: the layer normalisation before them is not counted.
-        """
+    def latents(self, features: Sequence[Tensor]) -> Latents:
+        """Feature maps -> latent maps of the same shapes, and log-determinants by position."""
         hidden, log_dets = [], []
         for norm, flow, feature in zip(self.norms, self.fast_flow_blocks, features, strict=True):
-            latent, log_det = flow(norm(feature))
-            hidden.append(latent)
-            log_dets.append(log_det)
-        return hidden, log_dets
+            z = norm(feature)
+            total = z.new_zeros(len(z), *z.shape[2:])
+            if self.loss_kind == "mle":
+                scale: Tensor = norm.weight  # type: ignore[assignment]
+                total = total + scale.abs().log().sum(dim=0)
+            for block in flow.module_list:  # type: ignore[union-attr]
+                z, log_det = block.transform(z)
+                total = total + log_det
+            hidden.append(z)
+            log_dets.append(total)
+        return Latents(hidden, log_dets)
 
-    def maps(self, hidden: Sequence[Tensor], score: Score | None = None) -> Tensor:
-        """Latent maps -> anomaly map (N, 1, H, W) at the input size, by ``score`` (by default the model's own).
+    def losses(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """One: the mean over images of ||z||^2 / 2 - ln|det|, summed over the stages."""
+        hidden, log_dets = self.latents(features)
+        energy = torch.stack([0.5 * z.square().sum() for z in hidden]).sum()
+        yield (energy - torch.stack([log_det.sum() for log_det in log_dets]).sum()) / len(hidden[0])
 
-        An image's map depends on that image alone. Before it is resized, the ``"norm"`` map of a stage is, for a
-        uniformly scaling flow, the negative log-likelihood per channel and position up to a constant.
-        """
-        if (score or self.score) == "anomalib":
-            stock: Tensor = self.anomaly_map_generator(list(hidden))
-            return stock
-        levels = [
-            F.interpolate(
-                0.5 * latent.square().mean(dim=1, keepdim=True),
-                size=tuple(self.input_size),
-                mode="bilinear",
-                align_corners=False,
-            )
-            for latent in hidden
-        ]
-        return torch.stack(levels).mean(dim=0)
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Adam with learning rate 1e-3 and weight decay 1e-5 (section 5.1)."""
+        return torch.optim.Adam(self.trainable_parameters(), lr=1e-3, weight_decay=1e-5)
+
+    def stock_maps(self, latents: Latents) -> Tensor:
+        """anomalib's map: the mean over stages of -exp(-mean z^2 / 2), which saturates at 0."""
+        stock: Tensor = self.anomaly_map_generator(latents.z)
+        return stock
 
     def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
-        """In training (latent maps, log-determinants), else the anomaly map (N, 1, H, W) and its maximum (N, 1)."""
-        hidden, log_dets = self.latents(self.features(input_tensor))
+        """In training (latent maps, log-determinants (N,)), else the map (N, 1, H, W) and its maximum (N, 1)."""
+        latents = self.latents(self.features(input_tensor))
         if self.training:
-            return hidden, log_dets
-        maps = self.maps(hidden)
+            return latents.z, [log_det.flatten(1).sum(dim=1) for log_det in latents.log_dets]
+        maps = self.maps(latents)
         return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser needs to know: the flows, and the layer normalisations where they are trained."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
 class Fastflow(lightning_model.Fastflow):
@@ -143,8 +141,9 @@ class Fastflow(lightning_model.Fastflow):
         backbone, flow_steps, conv3x3_only, hidden_ratio: as in anomalib; the defaults are those of section 5.1.
         backbone_weights: a safetensors file, ``"hub"``, ``"random"``, or ``None`` for the stated order, see
             :func:`usf.detectors.backbones.resolve`. What was used is printed and kept in ``self.weights``.
-        coupling, mixing, diagonal, global_scale, train_layer_norm: see :class:`usf.detectors.coupling.FlowOptions`.
-        score: see :class:`FastflowModel`.
+        coupling, mixing, diagonal, global_scale, train_layer_norm, match_parameters: see
+            :class:`usf.detectors.coupling.FlowOptions`.
+        loss, score: see :class:`FastflowModel`.
         input_size: (height, width) to resize images to, in pixels; ``None`` for the size of ``pre_processor``, which is
             256 x 256 by default.
         pre_processor, post_processor, evaluator, visualizer: as in anomalib.
@@ -167,6 +166,8 @@ class Fastflow(lightning_model.Fastflow):
         diagonal: Diagonal = "fixed",
         global_scale: bool = True,
         train_layer_norm: bool = True,
+        match_parameters: bool = False,
+        loss: Loss = "anomalib",
         score: Score = "norm",
         input_size: tuple[int, int] | None = None,
         pre_processor: nn.Module | bool = True,
@@ -196,7 +197,7 @@ class Fastflow(lightning_model.Fastflow):
         self.conv3x3_only = conv3x3_only
         self.hidden_ratio = hidden_ratio
 
-        options = FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm)
+        options = FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm, match_parameters)
         # Listed, because Lightning finds them by itself only where constructors call each other through super().
         self.save_hyperparameters(
             {
@@ -206,6 +207,7 @@ class Fastflow(lightning_model.Fastflow):
                 "hidden_ratio": hidden_ratio,
                 # As text: checkpoints are read without unpickling arbitrary classes.
                 "backbone_weights": None if backbone_weights is None else str(backbone_weights),
+                "loss": loss,
                 "score": score,
                 "input_size": size,
                 **dataclasses.asdict(options),
@@ -222,6 +224,7 @@ class Fastflow(lightning_model.Fastflow):
             flow_steps=flow_steps,
             conv3x3_only=conv3x3_only,
             hidden_ratio=hidden_ratio,
+            loss=loss,
             score=score,
         )
         self.loss = FastflowLoss()

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +26,7 @@ from usf.study.metrics import auroc
 
 if TYPE_CHECKING:
     from usf.detectors import FastflowModel, FlowOptions
-    from usf.detectors.fastflow import Score
+    from usf.detectors.model import Score
 
 __all__ = ["Evaluation", "FitHistory", "build", "evaluate", "fit", "nll"]
 
@@ -104,15 +103,6 @@ def build(size: int, weights: Weights, options: FlowOptions, *, seed: int, flow_
         return FastflowModel((size, size), weights, options, flow_steps=flow_steps)
 
 
-def _loss(model: FastflowModel, features: Sequence[Tensor]) -> Tensor:
-    """anomalib's FastflowLoss: the mean over images of the sum over stages of ||z||^2 / 2 - ln|det|, 0-dim."""
-    hidden, log_dets = model.latents(features)
-    total = torch.zeros((), device=hidden[0].device)
-    for latent, log_det in zip(hidden, log_dets, strict=True):
-        total = total + (0.5 * latent.square().sum(dim=(1, 2, 3)) - log_det).mean()
-    return total
-
-
 def nll(model: FastflowModel, features: Features, *, batch_size: int = 32) -> float:
     """Mean negative log-likelihood of ``features`` under the flow, nats per dimension.
 
@@ -123,7 +113,8 @@ def nll(model: FastflowModel, features: Features, *, batch_size: int = 32) -> fl
     with torch.inference_mode():
         for part in batches(len(features), batch_size):
             maps = [level.to(device) for level in features.batch(part)]
-            total += _loss(model, maps).item() * len(maps[0])
+            latents = model.latents(maps)
+            total += (latents.energies() - latents.log_abs_det()).sum().item()
     return total / len(features) / features.dimension + 0.5 * math.log(2 * math.pi)
 
 
@@ -179,7 +170,7 @@ def fit(
             total = 0.0
             for part in batches(len(features), batch_size):
                 maps = [level.to(device) for level in features.batch(order[part])]
-                loss = _loss(model, maps)
+                loss = next(model.losses(maps))
                 value = loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(
@@ -231,10 +222,10 @@ def evaluate(
     maps, energies, log_dets = [], [], []
     with torch.inference_mode():
         for part in batches(len(features), batch_size):
-            hidden, dets = model.latents([level.to(device) for level in features.batch(part)])
-            maps.append(model.maps(hidden, score)[:, 0].cpu())
-            energies.append(torch.stack([0.5 * z.double().square().sum(dim=(1, 2, 3)) for z in hidden]).sum(0).cpu())
-            log_dets.append(torch.stack([det.expand(len(hidden[0])) for det in dets], dim=1).cpu())
+            latents = model.latents([level.to(device) for level in features.batch(part)])
+            maps.append(model.maps(latents, score)[:, 0].cpu())
+            energies.append(latents.energies().cpu())
+            log_dets.append(torch.stack([det.flatten(1).sum(dim=1) for det in latents.log_dets], dim=1).cpu())
     anomaly = torch.cat(maps).numpy()
     scores = anomaly.max(axis=(1, 2))
     if not np.isfinite(scores).all():
