@@ -7,15 +7,12 @@ position is its mean squared latent, in the log domain; the score of an image is
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.metrics import AUROC, Evaluator, F1Score
-from anomalib.models.components import AnomalibModule
+from anomalib.metrics import Evaluator
 from anomalib.models.image.fastflow import lightning_model, torch_model
 from anomalib.models.image.fastflow.loss import FastflowLoss
 from anomalib.visualization import Visualizer
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
+from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 
 __all__ = ["Fastflow", "FastflowModel"]
@@ -127,7 +125,7 @@ class FastflowModel(torch_model.FastflowModel, DetectorModel):
         return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps)
 
 
-class Fastflow(lightning_model.Fastflow):
+class Fastflow(FlowDetector, lightning_model.Fastflow):  # type: ignore[misc]  # to_onnx, inside anomalib
     """anomalib's ``Fastflow`` as a uniformly scaling flow (the default), or with any other coupling.
 
     ``Fastflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps,
@@ -175,48 +173,30 @@ class Fastflow(lightning_model.Fastflow):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if pre_processor is True and input_size is not None:
-            pre_processor = self.configure_pre_processor((int(input_size[0]), int(input_size[1])))
-        # Not super(): anomalib's constructor would build the stock network first, and only sets attributes besides.
-        AnomalibModule.__init__(
-            self,
+        size = self.begin(
+            input_size=input_size,
             pre_processor=pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        if self.input_size is None:
-            raise ValueError("FastFlow needs the input size: give a pre-processor with a Resize, or pre_processor=True")
-        size = (int(self.input_size[0]), int(self.input_size[1]))
-        if input_size is not None and tuple(input_size) != size:
-            raise ValueError(
-                f"input_size={tuple(input_size)}, but the pre-processor resizes to {size}: give one of the two"
-            )
         self.backbone = backbone
         self.flow_steps = flow_steps
         self.conv3x3_only = conv3x3_only
         self.hidden_ratio = hidden_ratio
 
         options = FlowOptions(coupling, mixing, diagonal, global_scale, train_layer_norm, match_parameters)
-        # Listed, because Lightning finds them by itself only where constructors call each other through super().
-        self.save_hyperparameters(
-            {
-                "backbone": backbone,
-                "flow_steps": flow_steps,
-                "conv3x3_only": conv3x3_only,
-                "hidden_ratio": hidden_ratio,
-                # As text: checkpoints are read without unpickling arbitrary classes.
-                "backbone_weights": None if backbone_weights is None else str(backbone_weights),
-                "loss": loss,
-                "score": score,
-                "input_size": size,
-                **dataclasses.asdict(options),
-            }
+        self.record(
+            options,
+            backbone=backbone,
+            backbone_weights=backbone_weights,
+            flow_steps=flow_steps,
+            conv3x3_only=conv3x3_only,
+            hidden_ratio=hidden_ratio,
+            loss=loss,
+            score=score,
+            input_size=size,
         )
-        if backbone_weights == "checkpoint":
-            self.weights = Weights(backbone, "checkpoint", "", "")
-        else:
-            self.weights = backbones.resolve(backbone_weights, backbone=backbone)
         self.model = FastflowModel(
             input_size=size,
             weights=self.weights,
@@ -228,31 +208,3 @@ class Fastflow(lightning_model.Fastflow):
             score=score,
         )
         self.loss = FastflowLoss()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
-        checkpoint["usf_backbone"] = {
-            "tag": self.weights.tag or self.weights.describe(),
-            "sha256": self.weights.sha256,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore which backbone the checkpoint was made with."""
-        super().on_load_checkpoint(checkpoint)
-        known = checkpoint.get("usf_backbone")
-        if known:
-            self.weights = Weights(self.backbone, "checkpoint", known["tag"], known["sha256"])
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """anomalib's metrics, the areas computed on the scores as they are (no squashing of single batches)."""
-        fields = {"image_": ("pred_score", "gt_label"), "pixel_": ("anomaly_map", "gt_mask")}
-        labels = {"image_": ("pred_label", "gt_label"), "pixel_": ("pred_mask", "gt_mask")}
-
-        def areas() -> list[AUROC]:
-            return [AUROC(fields=names, prefix=prefix, normalization=None) for prefix, names in fields.items()]
-
-        f1 = [F1Score(fields=names, prefix=prefix) for prefix, names in labels.items()]
-        return Evaluator(val_metrics=areas(), test_metrics=[*areas(), *f1])

@@ -1,0 +1,125 @@
+"""What the Lightning models of the three detectors share: components, recorded choices, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from anomalib.metrics import AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from torch import nn
+
+from usf.detectors import backbones
+from usf.detectors.backbones import Weights
+from usf.detectors.coupling import FlowOptions
+
+__all__ = ["FlowDetector"]
+
+
+class FlowDetector(AnomalibModule):
+    """Stands before anomalib's own class among the bases: ``class Fastflow(FlowDetector, lightning_model.Fastflow)``.
+
+    A constructor calls :meth:`begin`, sets what anomalib's constructor sets, calls :meth:`record`, and builds
+    ``self.model`` from ``self.weights``. anomalib's constructor is not called: it would build the stock network first.
+
+    Attributes:
+        weights: of the backbone; ``source="checkpoint"`` where a checkpoint brings them.
+    """
+
+    weights: Weights
+
+    def begin(
+        self,
+        *,
+        input_size: tuple[int, int] | None,
+        pre_processor: nn.Module | bool,
+        post_processor: nn.Module | bool,
+        evaluator: Evaluator | bool,
+        visualizer: Visualizer | bool,
+    ) -> tuple[int, int]:
+        """Set up anomalib's components and return the (height, width) that images are resized to, in pixels.
+
+        Args:
+            input_size: asked for, or ``None`` for the size of ``pre_processor``.
+            pre_processor, post_processor, evaluator, visualizer: as in anomalib.
+
+        Raises:
+            ValueError: an input size that is missing, or that is not the pre-processor's.
+        """
+        if pre_processor is True and input_size is not None:
+            pre_processor = self.configure_pre_processor((int(input_size[0]), int(input_size[1])))
+        AnomalibModule.__init__(
+            self,
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        name = type(self).__name__
+        if self.input_size is None:
+            raise ValueError(f"{name} needs the input size: give a pre-processor with a Resize, or pre_processor=True")
+        size = (int(self.input_size[0]), int(self.input_size[1]))
+        if input_size is not None and tuple(input_size) != size:
+            raise ValueError(
+                f"input_size={tuple(input_size)}, but the pre-processor resizes to {size}: give one of the two"
+            )
+        return size
+
+    def record(
+        self, options: FlowOptions, *, backbone: str, backbone_weights: str | Path | None, **settings: Any
+    ) -> None:
+        """Make every choice a hyper-parameter of the checkpoint, and find the backbone's weights.
+
+        Args:
+            options: the flow's blocks, recorded field by field.
+            backbone: timm architecture.
+            backbone_weights: see :func:`usf.detectors.backbones.resolve`; ``"checkpoint"`` where one brings them.
+            settings: the constructor's other arguments, plain data.
+
+        Raises:
+            ValueError, FileNotFoundError, ConnectionError: weights that do not exist or do not fit.
+        """
+        # Listed, because Lightning finds them by itself only where constructors call each other through super().
+        self.save_hyperparameters(
+            {
+                "backbone": backbone,
+                # As text: checkpoints are read without unpickling arbitrary classes.
+                "backbone_weights": None if backbone_weights is None else str(backbone_weights),
+                **settings,
+                **dataclasses.asdict(options),
+            }
+        )
+        if backbone_weights == "checkpoint":
+            self.weights = Weights(backbone, "checkpoint", "", "")
+        else:
+            self.weights = backbones.resolve(backbone_weights, backbone=backbone)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
+        checkpoint["usf_backbone"] = {
+            "tag": self.weights.tag or self.weights.describe(),
+            "sha256": self.weights.sha256,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore which backbone the checkpoint was made with."""
+        super().on_load_checkpoint(checkpoint)
+        known = checkpoint.get("usf_backbone")
+        if known:
+            self.weights = Weights(self.weights.backbone, "checkpoint", known["tag"], known["sha256"])
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """anomalib's metrics, the areas computed on the scores as they are (no squashing of single batches)."""
+        fields = {"image_": ("pred_score", "gt_label"), "pixel_": ("anomaly_map", "gt_mask")}
+        labels = {"image_": ("pred_label", "gt_label"), "pixel_": ("pred_mask", "gt_mask")}
+
+        def areas() -> list[AUROC]:
+            return [AUROC(fields=names, prefix=prefix, normalization=None) for prefix, names in fields.items()]
+
+        f1 = [F1Score(fields=names, prefix=prefix) for prefix, names in labels.items()]
+        return Evaluator(val_metrics=areas(), test_metrics=[*areas(), *f1])
