@@ -190,7 +190,7 @@ def hierarchical_bootstrap(
 
     Draws classes with replacement, then runs inside each of them. With one value a class (a published mean) only
     classes are drawn. The class is the unit: twenty seeds of three classes are three units, and an interval over fewer
-    than about ten classes is far too short (at twelve it covers some 92 % instead of 95 %; see
+    than about ten classes is far too short (at twelve it covers 91 % instead of 95 %; see
     :func:`student_interval`). Drawing runs as well, on top of class means that already vary with them, counts their
     noise twice (Davison and Hinkley, 1997, section 3.8): a little too wide where runs matter.
 
