@@ -120,7 +120,7 @@ def test_core_needs_no_extra() -> None:
 def test_table_of_contents_lists_every_chapter() -> None:
     toc = (ROOT / "_toc.yml").read_text()
     listed = re.findall(r"^\s*(?:- )?(?:file|root): (\S+)", toc, re.M)
-    assert listed == ["book/intro", *(f"book/{path.stem}" for path in CHAPTERS), "book/references"]
+    assert listed == ["book/intro", *(f"book/{path.stem}" for path in CHAPTERS), "book/predictions", "book/references"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
