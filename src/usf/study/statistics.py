@@ -242,16 +242,17 @@ def welch_interval(
     runs: int | tuple[int, int] = 3,
     *,
     level: float = LEVEL,
-    resolution: float = 0.0,
+    resolution: float | tuple[float, float] = 0.0,
 ) -> Interval:
-    """Welch's interval of a difference of two means from printed means and (sample) standard deviations.
+    """Welch's interval of mean_first - mean_second from means and (sample) standard deviations, perhaps printed ones.
 
     Args:
-        mean_first, sd_first, mean_second, sd_second: as printed; the sd with n - 1 in the denominator.
-        runs: behind each mean.
+        mean_first, sd_first, mean_second, sd_second: each sd with n - 1 in the denominator.
+        runs: behind each mean, one number or one for each.
         level: of the interval.
-        resolution: of the print (0.1 for one decimal): the interval grows by it, half for each mean, and a standard
-            deviation counts as the largest that rounds to what is printed.
+        resolution: last printed digit of both or of each (0.1 for one decimal, 0 where nothing was rounded): the
+            interval grows by half of it for each mean, and a standard deviation counts as the largest that rounds to
+            what is printed.
 
     Raises:
         ValueError: fewer than two runs, or a negative standard deviation.
@@ -259,12 +260,13 @@ def welch_interval(
     n, m = (runs, runs) if isinstance(runs, int) else runs
     if min(n, m) < 2 or min(sd_first, sd_second) < 0:
         raise ValueError(f"runs={runs}, sd={sd_first}, {sd_second}: two runs at least, and no negative spread")
-    u, v = (sd_first + resolution / 2) ** 2 / n, (sd_second + resolution / 2) ** 2 / m
+    r, s = (resolution, resolution) if not isinstance(resolution, tuple) else resolution
+    u, v = (sd_first + r / 2) ** 2 / n, (sd_second + s / 2) ** 2 / m
     half = 0.0
     if u + v > 0:
         freedom = (u + v) ** 2 / (u**2 / (n - 1) + v**2 / (m - 1))
         half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(u + v)
-    half += resolution
+    half += (r + s) / 2
     centre = mean_first - mean_second
     return Interval(centre, centre - half, centre + half, level)
 

@@ -9,6 +9,9 @@ A running study writes one small JSON file for each training, under a name that 
 any number of processes write side by side. :func:`merge` gathers them into one CSV file that is committed, with the
 settings that the hashes stand for in a JSON file beside it. :func:`read` takes either kind, or a folder of both.
 
+:func:`collect` turns records into cells, one a model and class with its runs, and :func:`beside`, :func:`summary`,
+:func:`agreement`, :func:`failures` and :func:`cost` turn those into tables beside the paper's.
+
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
 >>> record = example(category="bottle", seed=0, image_auroc=0.998)
@@ -26,22 +29,37 @@ import functools
 import json
 import math
 import re
+import statistics
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from usf.study.records import atomic_write, settings_hash, write_json
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+# pandas is imported where a table is made: whoever only writes or checks records needs nothing beyond Python.
+
 __all__ = [
+    "Cell",
     "Record",
     "RecordError",
+    "agreement",
+    "beside",
+    "collect",
+    "cost",
     "example",
+    "failures",
     "file_name",
+    "latest",
     "merge",
     "read",
     "read_settings",
+    "select",
+    "summary",
     "write_records",
 ]
 
@@ -99,7 +117,8 @@ class Record:
     What came of it:
 
     Attributes:
-        status: ``"ok"`` or ``"failed"``. A run that fails is a row like any other, without metrics.
+        status: ``"ok"`` or ``"failed"``. A training that fails has the same rows, for every score and protocol asked
+            for, without metrics.
         error: of a failed run, one line, at most 300 characters: what, at which epoch. Empty otherwise.
         image_auroc, pixel_auroc, aupro, image_ap: in [0, 1]. A row that is ok has at least the first.
         epoch: whose weights were scored, counted from 1.
@@ -215,17 +234,18 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """Coupling and mixing in short: ``"affine"``, ``"additive"``, ``"additive + LU"``, ``"gin + LU"``, ..."""
-        return self.coupling + (" + LU" if self.mixing == "lu" else "")
+        """The flow in short: ``"affine"``, ``"additive"``, ``"additive + LU"``, ``"gin + LU"``, ...
+
+        A learned diagonal and a missing global scale are said, the usual fixed one and the usual scale are not.
+        """
+        mixing = {"permutation": "", "lu": " + LU" if self.diagonal == "fixed" else " + LU (learned diagonal)"}
+        return self.coupling + mixing[self.mixing] + ("" if self.global_scale else ", no scale")
 
     @property
     def flow(self) -> Literal["base", "usf"] | None:
         """Which of the paper's two columns the model belongs to, ``None`` for what the paper's tables do not have."""
-        if (self.coupling, self.mixing) == ("affine", "permutation"):
-            return "base"
-        if (self.coupling, self.mixing, self.diagonal) == ("additive", "lu", "fixed"):
-            return "usf"
-        return None
+        flows: dict[str, Literal["base", "usf"]] = {"affine": "base", "additive + LU": "usf"}
+        return flows.get(self.variant)
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Record))
@@ -530,3 +550,297 @@ def merge(folder: Path, target: Path) -> Path:
     used = {record.settings for record in records}
     write_json(target.parent / SETTINGS, {key: value for key, value in settings.items() if key in used})
     return atomic_write(target, buffer.getvalue())
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+NOT_RUN = "not run"
+Key = tuple[str, str, str, str]
+"""(data set, category, detector, variant)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The runs of one model on one class.
+
+    Attributes:
+        values: the metric in percent, one a run that succeeded, by seed.
+        seeds: theirs.
+        failed: errors of the runs that did not.
+    """
+
+    values: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    failed: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        """Over the runs that succeeded; ``None`` without any."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over these runs; ``None`` for fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        """
+        >>> print(Cell((97.0, 99.0), (0, 1)), "|", Cell((97.0,), (0,), ("nan",)), "|", Cell())
+        98.0 ± 1.4 (2) | 97.0 (1, 1 failed) | not run
+        """
+        if not self.values:
+            return f"{len(self.failed)} failed" if self.failed else NOT_RUN
+        spread = "" if self.sd is None else f" ± {self.sd:.1f}"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return f"{self.mean:.1f}{spread} ({len(self.values)}{failed})"
+
+
+def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
+    """Records by the value of columns, or of ``variant`` and ``flow``; a set or tuple of values allows any of them.
+
+    Raises:
+        RecordError: a name that is no column.
+
+    >>> len(select([example(seed=0), example(seed=1)], seed=(1, 2), score="norm"))
+    1
+    """
+    if unknown := [name for name in wanted if name not in (*COLUMNS, "variant", "flow")]:
+        raise RecordError(f"no column {', '.join(unknown)}; the columns are {', '.join(COLUMNS)}")
+    allowed = {name: tuple(v) if isinstance(v, (set, tuple, list)) else (v,) for name, v in wanted.items()}
+    return [r for r in records if all(getattr(r, name) in values for name, values in allowed.items())]
+
+
+def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key, Cell]:
+    """Cells of one metric: the runs of each model on each class.
+
+    Records of one detector and variant must differ in class and seed alone; where they do not (two sizes, two
+    protocols, ...), choose with :func:`select` first. A run whose metric was not measured (a class without masks) is
+    left out.
+
+    Raises:
+        RecordError: an unknown metric, or records of one detector and variant that differ in more, naming in what.
+    """
+    if metric not in METRICS:
+        raise RecordError(f"metric {metric!r}, expected one of {', '.join(METRICS)}")
+    columns = [name for name in (*TRAINING, "score", "protocol") if name not in ("dataset", "category", "seed")]
+    settings: dict[tuple[str, str], tuple[Any, ...]] = {}
+    found: dict[Key, list[Record]] = {}
+    for record in records:
+        same = tuple(getattr(record, name) for name in columns)
+        first = settings.setdefault((record.detector, record.variant), same)
+        if differ := [name for name, x, y in zip(columns, first, same, strict=True) if x != y]:
+            raise RecordError(
+                f"{record.detector} {record.variant}: records with more than one {', '.join(differ)} "
+                f"({record.category}, seed {record.seed}); choose with select()"
+            )
+        found.setdefault((record.dataset, record.category, record.detector, record.variant), []).append(record)
+    cells = {}
+    for key, group in found.items():
+        if len({record.seed for record in group}) != len(group):
+            raise RecordError(f"{' '.join(key)}: several records of one seed; choose an epoch with select()")
+        group.sort(key=lambda record: record.seed)
+        good = [record for record in group if record.status == "ok" and getattr(record, metric) is not None]
+        cells[key] = Cell(
+            values=tuple(100 * getattr(record, metric) for record in good),
+            seeds=tuple(record.seed for record in good),
+            failed=tuple(record.error for record in group if record.status == "failed"),
+        )
+    return cells
+
+
+VARIANTS = {"base": "affine", "usf": "additive + LU"}
+"""The paper's two flows as variants."""
+METRIC = {"image": "image_auroc", "pixel": "pixel_auroc"}
+"""The paper's two levels as metrics."""
+
+
+def _cell_of(cells: Mapping[Key, Cell], dataset: str, category: str, detector: str, flow: str) -> Cell:
+    return cells.get((dataset, category, detector, VARIANTS[flow]), Cell())
+
+
+def beside(cells: Mapping[Key, Cell], dataset: str, level: str) -> pd.DataFrame:
+    """One of the paper's tables 2 to 5 with what was measured here below each printed line.
+
+    Args:
+        cells: of the metric of that level, see :func:`collect`.
+        dataset: ``"mvtec"`` or ``"visa"``.
+        level: ``"image"`` or ``"pixel"``.
+
+    Returns:
+        rows (class, ``"paper"`` or ``"here"``), columns (flow, detector) in the paper's order, of text: mean and sample
+        standard deviation in percent; here with the number of runs in brackets, or ``"not run"``.
+    """
+    import pandas as pd
+
+    from usf.study import paper
+
+    printed = paper.cells()
+    printed = printed[(printed["dataset"] == dataset) & (printed["level"] == level)]
+    if printed.empty:
+        raise ValueError(f"the paper has no table of {dataset}, {level}: mvtec or visa, image or pixel")
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in printed.itertuples():
+        column = ({"base": "affine", "usf": "USF"}[str(row.flow)], paper.DETECTORS[str(row.detector)])
+        cell = _cell_of(cells, dataset, str(row.category), str(row.detector), str(row.flow))
+        rows.setdefault((str(row.category), "paper"), {})[column] = f"{row.mean:.1f} ± {row.sd:.1f}"
+        rows.setdefault((str(row.category), "here"), {})[column] = str(cell)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(list(rows), names=["class", ""])
+    table.columns = pd.MultiIndex.from_tuples(list(next(iter(rows.values()))))
+    return table
+
+
+def summary(cells: Mapping[str, Mapping[Key, Cell]]) -> pd.DataFrame:
+    """The paper's table 1, and the same averages over the classes that were run here, printed and measured.
+
+    An average over some classes says nothing beside one over all of them, so the paper's is taken over the same ones. A
+    class counts for a detector once both flows have a run that succeeded.
+
+    Args:
+        cells: by level, ``"image"`` and ``"pixel"``.
+
+    Returns:
+        one row for each data set, level, detector and flow: ``paper`` (printed average of all classes), ``classes``
+        (run here, "3 of 15"), ``paper, these classes``, ``here`` (means and mean standard deviations, text, percent).
+    """
+    import pandas as pd
+
+    from usf.study import paper
+
+    printed = {
+        tuple(map(str, key)): group.set_index("category")
+        for key, group in paper.cells().groupby(["dataset", "level", "detector", "flow"], sort=False)
+    }
+    whole = paper.cells(average=True)
+    rows = []
+    for row in whole[whole["table"] == 1].itertuples():
+        dataset, level, detector, flow = str(row.dataset), str(row.level), str(row.detector), str(row.flow)
+        own = cells.get(level, {})
+        part = printed[dataset, level, detector, flow]
+        run = [
+            str(category)
+            for category in part.index
+            if all(_cell_of(own, dataset, str(category), detector, other).values for other in VARIANTS)
+        ]
+        chosen = [_cell_of(own, dataset, category, detector, flow) for category in run]
+        spreads = [cell.sd for cell in chosen if cell.sd is not None]
+        here = NOT_RUN
+        if chosen:
+            here = f"{statistics.fmean(v for cell in chosen if (v := cell.mean) is not None):.1f}"
+            here += f" ± {statistics.fmean(spreads):.1f}" if len(spreads) == len(chosen) else ""
+        rows.append(
+            {
+                "data set": paper.DATASETS[dataset],
+                "level": level,
+                "detector": paper.DETECTORS[detector],
+                "flow": {"base": "affine", "usf": "USF"}[flow],
+                "paper": f"{row.mean:.1f} ± {row.sd:.1f}",
+                "classes": f"{len(run)} of {len(part)}",
+                "paper, these classes": (
+                    f"{part.loc[run, 'mean'].mean():.1f} ± {part.loc[run, 'sd'].mean():.1f}" if run else ""
+                ),
+                "here": here,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def agreement(cells: Mapping[str, Mapping[Key, Cell]], *, level: float = 0.95) -> pd.DataFrame:
+    """Where paper and measurement can be laid beside each other, by how much they differ.
+
+    Args:
+        cells: by level, ``"image"`` and ``"pixel"``.
+        level: of the intervals.
+
+    Returns:
+        one row for each class, detector, flow and level with at least two runs here: ``paper``, ``paper_sd``, ``here``,
+        ``here_sd``, ``runs``, and ``difference`` (here minus paper) with Welch's interval ``low``, ``high``, widened by
+        the rounding of the print; percent points. No row, no comparison: the frame is empty without records.
+    """
+    import pandas as pd
+
+    from usf.study import paper, statistics
+
+    names = "dataset level category detector flow paper paper_sd here here_sd runs difference low high".split()
+    rows = []
+    for row in paper.cells().itertuples():
+        key = (str(row.dataset), str(row.category), str(row.detector), str(row.flow))
+        cell = _cell_of(cells.get(str(row.level), {}), *key)
+        if cell.mean is None or cell.sd is None:
+            continue
+        runs, printed, spread = len(cell.values), float(str(row.mean)), float(str(row.sd))
+        interval = statistics.welch_interval(
+            cell.mean, cell.sd, printed, spread, (runs, paper.RUNS), level=level, resolution=(0.0, paper.RESOLUTION)
+        )
+        found = (printed, spread, cell.mean, cell.sd, runs, interval.estimate, interval.low, interval.high)
+        rows.append((key[0], str(row.level), *key[1:], *found))
+    return pd.DataFrame(rows, columns=names)
+
+
+def failures(records: Iterable[Record]) -> pd.DataFrame:
+    """Runs that failed, one row each: what was trained, how far it came, what happened."""
+    import pandas as pd
+
+    names = ["dataset", "category", "detector", "variant", "seed", "epochs_run", "error"]
+    failed = {record.training: record for record in records if record.status == "failed"}
+    return pd.DataFrame([[getattr(r, name) for name in names] for r in failed.values()], columns=names)
+
+
+def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs: int = 100) -> pd.DataFrame:
+    """What the paper's grid costs, from the wall time of the trainings that succeeded.
+
+    Args:
+        records: the rows of one training count once.
+        classes, runs: of the grid, for each detector and flow (the paper: 15 + 12 classes, three runs).
+        epochs: at most as many (the paper: 100).
+
+    Returns:
+        one row for each detector, variant, size and machine: ``trainings`` measured; their mean ``seconds``,
+        ``epochs_run`` and ``seconds_epoch``; ``seconds_shared`` (features, divided among the trainings of the class
+        that share them; and scoring); ``hours``: classes * runs * (seconds + seconds_shared) / 3600, with the measured
+        epochs; ``hours_limit``: the same if every training ran to ``epochs``; ``hours_unshared``: the same as ``hours``
+        if the features were computed anew in every epoch; ``unit``: ``"GPU-hours"``, or ``"core-hours"``, which are
+        hours multiplied by the threads used.
+    """
+    import pandas as pd
+
+    seen = {record.training: record for record in records if record.status == "ok" and record.epochs_run}
+    sharing: dict[tuple[Any, ...], int] = {}
+
+    def shared(record: Record) -> tuple[Any, ...]:
+        return record.dataset, record.category, record.backbone, record.layers, record.size, record.seconds_features
+
+    for record in seen.values():
+        sharing[shared(record)] = sharing.get(shared(record), 0) + 1
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in seen.values():
+        key = (record.detector, record.variant, record.backbone, record.size, record.device, record.hardware)
+        groups.setdefault((*key, record.threads), []).append(record)
+    rows = []
+    for (detector, variant, backbone, size, device, hardware, threads), group in sorted(groups.items()):
+        seconds = statistics.fmean(record.seconds for record in group)
+        epoch = statistics.fmean(record.seconds / record.epochs_run for record in group)
+        features = [record.seconds_features or 0.0 for record in group]
+        parts = [f / sharing[shared(record)] for f, record in zip(features, group, strict=True)]
+        again = [f * record.epochs_run for f, record in zip(features, group, strict=True)]
+        scoring = statistics.fmean(record.seconds_score or 0.0 for record in group)
+        scale = classes * runs * (1 if device == "cuda" else threads) / 3600
+        rows.append(
+            {
+                "detector": detector,
+                "variant": variant,
+                "backbone": backbone,
+                "size": size,
+                "hardware": hardware,
+                "trainings": len(group),
+                "seconds": seconds,
+                "epochs_run": statistics.fmean(record.epochs_run for record in group),
+                "seconds_epoch": epoch,
+                "seconds_shared": statistics.fmean(parts) + scoring,
+                "hours": scale * (seconds + statistics.fmean(parts) + scoring),
+                "hours_limit": scale * (epochs * epoch + statistics.fmean(parts) + scoring),
+                "hours_unshared": scale * (seconds + statistics.fmean(again) + scoring),
+                "unit": "GPU-hours" if device == "cuda" else "core-hours",
+            }
+        )
+    return pd.DataFrame(rows)
