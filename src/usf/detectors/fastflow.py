@@ -46,6 +46,7 @@ class FastflowModel(torch_model.FastflowModel, DetectorModel):
     """
 
     label = "FastFlow"
+    loss_is_nll = True  # of what the flow models, whichever part of the layer normalisation that is
 
     def __init__(
         self,

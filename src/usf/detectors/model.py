@@ -52,6 +52,8 @@ class DetectorModel(nn.Module):
         loss_kind: ``"anomalib"`` (the library's own training loss) or ``"mle"`` (the negative log-likelihood).
         score: how latents become a map, see :meth:`maps`.
         input_size: (height, width) of the images, pixels.
+        loss_is_nll: whether :meth:`losses` are the mean over images of the negative log-likelihood, in nats and
+            without the base density's constant.
         align_corners: of the bilinear interpolation to the input size, as in anomalib's model of the same name.
     """
 
@@ -60,6 +62,7 @@ class DetectorModel(nn.Module):
     loss_kind: Loss
     score: Score
     input_size: tuple[int, int]
+    loss_is_nll = False
     align_corners = False
 
     def features(self, images: Tensor) -> list[Tensor]:
