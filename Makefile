@@ -5,15 +5,24 @@ PYTHON ?= python3
 JOBS ?= 2
 # Which chapters and tests `make test` runs; e.g. make test PYTEST_ARGS="-k packaging".
 PYTEST_ARGS ?=
+# The benchmark: smoke, book or full; a grid of usf.study.grid, or GRID/CELL for one cell of it (default: the profile's);
+# local or slurm; anything else for Snakemake, e.g. ARGS=--dry-run
+PROFILE ?= smoke
+GRID ?=
+ENGINE ?= local
+ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.usf-setup
+WORKFLOW := .venv-workflow/bin
+WORKFLOW_STAMP := .venv-workflow/.usf-setup
 CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md)
 NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
+RUNS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(wildcard book/runs/*.md))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup book notebooks lint test lock clean
+.PHONY: help setup book notebooks benchmark workflow lint test lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,24 +46,39 @@ book: $(STAMP) ## build the HTML book (executes what changed)
 	  || { rm -rf _build/html _build/.doctrees; echo "The book was not built: see the errors above." >&2; exit 1; }
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
-notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb from the chapters
+notebooks: $(NOTEBOOKS) $(RUNS) ## build/notebooks/*.ipynb from the chapters
 
 build/notebooks/%.ipynb: book/%.md | $(STAMP)
 	@mkdir -p $(@D)
 	@$(BIN)/jupytext --quiet --to notebook --output $@ $<
+
+workflow: $(WORKFLOW_STAMP) ## create or update .venv-workflow, the engine of the benchmark
+
+$(WORKFLOW_STAMP): workflow/requirements.lock | $(BIN)/uv
+	@test -x $(WORKFLOW)/python || $(PYTHON) -m venv --without-pip .venv-workflow
+	VIRTUAL_ENV=.venv-workflow $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes workflow/requirements.lock
+	@touch $@
+
+# The engine is itself a job: killed in whatever way, it leaves nothing running.
+benchmark: $(STAMP) $(WORKFLOW_STAMP) $(RUNS) ## the grid of trainings: make benchmark PROFILE=smoke|book|full
+	@$(BIN)/python -m usf.study.jobs -- $(WORKFLOW)/snakemake --snakefile workflow/Snakefile \
+	  --workflow-profile workflow/profiles/$(ENGINE) --config profile=$(PROFILE) $(if $(GRID),grid=$(GRID)) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint notebooks ## everything that checks the project, the chapters in profile smoke
+test: lint notebooks workflow ## everything that checks the project, the chapters in profile smoke
 	OMP_NUM_THREADS=1 USF_PROFILE=smoke $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  --doctest-modules --nbmake --nbmake-timeout=600 src/usf tests $(NOTEBOOKS) $(PYTEST_ARGS)
 
-lock: $(STAMP) ## resolve requirements.lock anew from pyproject.toml
+lock: $(STAMP) ## resolve both locks anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
 	  --all-extras pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
+	  workflow/requirements.in -o workflow/requirements.lock
 
-clean: ## remove what was generated (not .venv)
-	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove what was generated (not .venv, and not the records of a benchmark in build/benchmark)
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .snakemake
+	@test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name benchmark -exec rm -rf {} +
