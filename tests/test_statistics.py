@@ -139,6 +139,9 @@ def test_hierarchical_bootstrap_has_the_variance_of_theory() -> None:
     interval = own.hierarchical_bootstrap(first, second, resamples=40_000)
     assert interval.estimate == pytest.approx(delta.mean())
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(expected), rel=0.05)
+    fixed = own.hierarchical_bootstrap(first, second, draw_classes=False, resamples=40_000)
+    assert fixed.estimate == interval.estimate
+    assert fixed.high - fixed.low == pytest.approx(2 * 1.96 * math.sqrt(np.mean(inner) / len(delta)), rel=0.05)
 
 
 def test_pairing_runs_takes_out_what_they_share() -> None:

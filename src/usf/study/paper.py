@@ -16,10 +16,23 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from usf import paths
+from usf.study import statistics
 
-__all__ = ["DETECTORS", "RESOLUTION", "averages", "best", "cells", "checks", "differences", "largest_sd", "recompute"]
+__all__ = [
+    "DETECTORS",
+    "RESOLUTION",
+    "averages",
+    "best",
+    "cells",
+    "checks",
+    "differences",
+    "largest_sd",
+    "reanalysis",
+    "recompute",
+]
 
 DETECTORS: dict[str, str] = {"fastflow": "FastFlow", "uflow": "U-Flow", "cflow": "CFlow"}
 """Detector -> its name, in the order of the tables."""
@@ -94,6 +107,59 @@ def differences() -> pd.DataFrame:
     wide = wide.loc[order].reset_index()
     wide["difference"] = (wide["mean_usf"] - wide["mean_base"]).round(9)
     return wide
+
+
+def reanalysis(*, resamples: int = statistics.RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """The twelve comparisons of USF and affine in tables 2 to 5, with the class as the unit.
+
+    Args:
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        one row for each data set, level and detector. Of the means: ``classes, higher, equal, lower`` (classes by the
+        sign of the difference), ``difference``, its percentile bootstrap interval over classes (``low, high``) and
+        Student's (``student_low, student_high``), Wilcoxon's ``p`` and, corrected for the twelve, ``p_holm``. Of the
+        standard deviations: ``ratio`` (USF over affine, geometric mean), ``ratio_low, ratio_high``, ``ratio_p``,
+        ``ratio_p_holm``, ``sd_lower, sd_equal, sd_higher``; ``correlation``: Spearman's, over classes, between the
+        difference of the means and the logarithm of the ratio. Points are percent points.
+    """
+    rows = []
+    for (dataset, level, detector), group in differences().groupby(["dataset", "level", "detector"], sort=False):
+        change = group["difference"].to_numpy()
+        base, usf = group["mean_base"].to_numpy(), group["mean_usf"].to_numpy()
+        interval = statistics.hierarchical_bootstrap(usf[:, None], base[:, None], resamples=resamples, seed=seed)
+        student = statistics.student_interval(change)
+        spread = statistics.variance_test(group["sd_usf"], group["sd_base"], RUNS, RUNS, floor=RESOLUTION / 2)
+        floored = group[["sd_usf", "sd_base"]].clip(lower=RESOLUTION / 2)
+        rows.append(
+            {
+                "dataset": dataset,
+                "level": level,
+                "detector": detector,
+                "classes": len(group),
+                "higher": int((change > 0).sum()),
+                "equal": int((change == 0).sum()),
+                "lower": int((change < 0).sum()),
+                "difference": interval.estimate,
+                "low": interval.low,
+                "high": interval.high,
+                "student_low": student.low,
+                "student_high": student.high,
+                "p": statistics.signed_rank_test(change),
+                "ratio": spread.ratio.estimate,
+                "ratio_low": spread.ratio.low,
+                "ratio_high": spread.ratio.high,
+                "ratio_p": spread.p,
+                "sd_lower": spread.lower,
+                "sd_equal": spread.equal,
+                "sd_higher": spread.higher,
+                "correlation": float(stats.spearmanr(change, floored["sd_usf"] / floored["sd_base"]).statistic),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["p_holm"] = statistics.holm(table["p"])
+    table["ratio_p_holm"] = statistics.holm(table["ratio_p"])
+    return table
 
 
 def largest_sd(mean: float, runs: int = RUNS, *, sample: bool = True, high: float = 100.0) -> tuple[float, list[float]]:

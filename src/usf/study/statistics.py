@@ -49,6 +49,8 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
+Runs = Sequence[ArrayLike] | npt.NDArray[np.float64]
+"""Values (runs,) of each class: a sequence of arrays, or a matrix (classes, runs)."""
 Statistic = Callable[[Array], Array]
 """Values (..., n) -> one number for each, (...)."""
 
@@ -82,7 +84,7 @@ class Interval:
         return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def _classes(runs: Sequence[ArrayLike], name: str = "runs") -> list[Array]:
+def _classes(runs: Runs, name: str = "runs") -> list[Array]:
     """One float array a class, checked."""
     found = [np.asarray(part, dtype=np.float64).ravel() for part in runs]
     if not found:
@@ -95,7 +97,7 @@ def _classes(runs: Sequence[ArrayLike], name: str = "runs") -> list[Array]:
     return found
 
 
-def _pairs(first: Sequence[ArrayLike], second: Sequence[ArrayLike]) -> tuple[list[Array], list[Array]]:
+def _pairs(first: Runs, second: Runs) -> tuple[list[Array], list[Array]]:
     a, b = _classes(first, "first"), _classes(second, "second")
     if len(a) != len(b):
         raise ValueError(f"{len(a)} classes against {len(b)}: give the same classes in the same order")
@@ -137,7 +139,7 @@ def iqm(values: ArrayLike) -> Array:
 
 
 def stratified_bootstrap(
-    runs: Sequence[ArrayLike],
+    runs: Runs,
     statistic: Statistic = iqm,
     *,
     resamples: int = RESAMPLES,
@@ -178,9 +180,10 @@ def _draw_means(parts: Sequence[Array], chosen: npt.NDArray[np.int64], rng: np.r
 
 
 def hierarchical_bootstrap(
-    first: Sequence[ArrayLike],
-    second: Sequence[ArrayLike],
+    first: Runs,
+    second: Runs,
     *,
+    draw_classes: bool = True,
     paired_runs: bool = False,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
@@ -196,6 +199,8 @@ def hierarchical_bootstrap(
 
     Args:
         first, second: one array (runs,) a class, the same classes in the same order.
+        draw_classes: ``False`` keeps the classes and draws runs alone: about other seeds on these classes, and as much
+            too short as :func:`stratified_bootstrap`.
         paired_runs: run i of both belongs together (same seed): draw the same ones.
         resamples, level, seed: of the bootstrap.
 
@@ -209,6 +214,8 @@ def hierarchical_bootstrap(
     estimate = float(np.mean([x.mean() - y.mean() for x, y in zip(a, b, strict=True)]))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(a), size=(resamples, len(a)))
+    if not draw_classes:
+        chosen = np.broadcast_to(np.arange(len(a)), chosen.shape)
     if paired_runs:
         if any(x.size != y.size for x, y in zip(a, b, strict=True)):
             raise ValueError("paired_runs needs the same seeds for both in every class")
@@ -277,7 +284,7 @@ def _wins(first: Array, second: Array) -> Array:
     return np.asarray((x > y).mean(axis=(-2, -1)) + 0.5 * (x == y).mean(axis=(-2, -1)))
 
 
-def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[ArrayLike]) -> float:
+def probability_of_improvement(first: Runs, second: Runs) -> float:
     """Probability that a run of ``first`` beats a run of ``second`` on a class drawn at random, ties counting half.
 
     The mean over classes of the Mann-Whitney share of pairs (Agarwal et al., 2021, section 4.3).
@@ -290,8 +297,8 @@ def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[Arra
 
 
 def improvement_interval(
-    first: Sequence[ArrayLike],
-    second: Sequence[ArrayLike],
+    first: Runs,
+    second: Runs,
     *,
     resamples: int = 2000,
     level: float = LEVEL,

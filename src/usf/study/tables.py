@@ -50,12 +50,14 @@ __all__ = [
     "agreement",
     "beside",
     "collect",
+    "comparison",
     "cost",
     "example",
     "failures",
     "file_name",
     "latest",
     "merge",
+    "prefer",
     "read",
     "read_settings",
     "select",
@@ -610,6 +612,23 @@ def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
     return [r for r in records if all(getattr(r, name) in values for name, values in allowed.items())]
 
 
+def prefer(records: Iterable[Record], **orders: Sequence[Any]) -> list[Record]:
+    """Records with, for each detector, the first value in an order that it has records of; column after column.
+
+    >>> found = prefer([example(profile="book"), example(profile="smoke")], profile=("full", "book", "smoke"))
+    >>> [record.profile for record in found]
+    ['book']
+    """
+    kept = list(records)
+    for name, order in orders.items():
+        present = {(record.detector, getattr(record, name)) for record in select(kept)}
+        chosen = {
+            detector: next((value for value in order if (detector, value) in present), None) for detector, _ in present
+        }
+        kept = [record for record in kept if getattr(record, name) == chosen[record.detector]]
+    return kept
+
+
 def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key, Cell]:
     """Cells of one metric: the runs of each model on each class.
 
@@ -650,6 +669,8 @@ def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key,
 
 VARIANTS = {"base": "affine", "usf": "additive + LU"}
 """The paper's two flows as variants."""
+SPREAD_FLOOR = 0.05
+"""Percent points: what a smaller standard deviation counts as, as in the paper's print, see ``variance_test``."""
 METRIC = {"image": "image_auroc", "pixel": "pixel_auroc"}
 """The paper's two levels as metrics."""
 
@@ -774,6 +795,69 @@ def agreement(cells: Mapping[str, Mapping[Key, Cell]], *, level: float = 0.95) -
         )
         found = (printed, spread, cell.mean, cell.sd, runs, interval.estimate, interval.low, interval.high)
         rows.append((key[0], str(row.level), *key[1:], *found))
+    return pd.DataFrame(rows, columns=names)
+
+
+def comparison(
+    cells: Mapping[str, Mapping[Key, Cell]], variant: str = "additive + LU", base: str = "affine", *, seed: int = 0
+) -> pd.DataFrame:
+    """One variant against another as measured here, over the classes on which both have runs.
+
+    Args:
+        cells: by level, ``"image"`` and ``"pixel"``.
+        variant, base: see :attr:`Record.variant`.
+        seed: of the bootstraps.
+
+    Returns:
+        one row for each detector and level with at least one class: ``classes``, ``runs`` (of both), ``difference``
+        (``variant`` minus ``base``, mean over classes, percent points) with an interval over seeds on these classes
+        (``low, high``; empty where a class has a single run) and Student's over classes (``class_low, class_high``;
+        empty for a single class), ``improvement`` with ``improvement_low, improvement_high``
+        (:func:`usf.study.statistics.improvement_interval`), ``ratio`` of the standard deviations with ``ratio_low,
+        ratio_high`` and the permutation test's ``ratio_p`` (empty for fewer than two classes with two runs of each).
+    """
+    import pandas as pd
+
+    from usf.study import statistics
+
+    names = (
+        "detector level classes runs difference low high class_low class_high "
+        "improvement improvement_low improvement_high ratio ratio_low ratio_high ratio_p"
+    ).split()
+    rows = []
+    for level, own in cells.items():
+        detectors: dict[str, list[tuple[Cell, Cell]]] = {}
+        for (dataset, category, detector, name), cell in sorted(own.items()):
+            other = own.get((dataset, category, detector, base), Cell())
+            if name == variant and cell.values and other.values:
+                detectors.setdefault(detector, []).append((cell, other))
+        for detector, pairs in detectors.items():
+            first, second = [list(cell.values) for cell, _ in pairs], [list(other.values) for _, other in pairs]
+            row: dict[str, Any] = {"detector": detector, "level": level, "classes": len(pairs)}
+            row["runs"] = sum(map(len, first)) + sum(map(len, second))
+            seeds = statistics.hierarchical_bootstrap(first, second, draw_classes=False, seed=seed)
+            row["difference"] = seeds.estimate
+            if min(map(len, [*first, *second])) > 1:
+                row["low"], row["high"] = seeds.low, seeds.high
+                better = statistics.improvement_interval(first, second, seed=seed)
+                row["improvement"] = better.estimate
+                row["improvement_low"], row["improvement_high"] = better.low, better.high
+            if len(pairs) > 1:
+                means = [a.mean - b.mean for a, b in pairs if a.mean is not None and b.mean is not None]
+                over = statistics.student_interval(means)
+                row["class_low"], row["class_high"] = over.low, over.high
+            spreads = [(a, b) for a, b in pairs if a.sd is not None and b.sd is not None]
+            if len(spreads) > 1:
+                test = statistics.variance_test(
+                    [a.sd for a, _ in spreads if a.sd is not None],
+                    [b.sd for _, b in spreads if b.sd is not None],
+                    [len(a.values) for a, _ in spreads],
+                    [len(b.values) for _, b in spreads],
+                    floor=SPREAD_FLOOR,
+                )
+                row["ratio"], row["ratio_p"] = test.ratio.estimate, test.p
+                row["ratio_low"], row["ratio_high"] = test.ratio.low, test.ratio.high
+            rows.append(row)
     return pd.DataFrame(rows, columns=names)
 
 
