@@ -14,14 +14,17 @@ from usf.detectors.backbones import Weights, resolve
 if TYPE_CHECKING:
     from usf.detectors.coupling import Block, FlowOptions
     from usf.detectors.fastflow import Fastflow, FastflowModel
+    from usf.detectors.uflow import Uflow, UflowModel
 
-__all__ = ["Block", "Fastflow", "FastflowModel", "FlowOptions", "Weights", "resolve"]
+__all__ = ["Block", "Fastflow", "FastflowModel", "FlowOptions", "Uflow", "UflowModel", "Weights", "resolve"]
 
 _LAZY = {
     "Block": "usf.detectors.coupling",
     "FlowOptions": "usf.detectors.coupling",
     "Fastflow": "usf.detectors.fastflow",
     "FastflowModel": "usf.detectors.fastflow",
+    "Uflow": "usf.detectors.uflow",
+    "UflowModel": "usf.detectors.uflow",
 }
 
 
