@@ -146,3 +146,31 @@ def test_largest_sd_is_not_exceeded() -> None:
         assert np.std(attained, ddof=1) == pytest.approx(spread)
     with pytest.raises(ValueError, match="mean=120"):
         paper.largest_sd(120)
+
+
+def test_possible_runs_are_all_of_those_with_that_print() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        runs = np.sort(rng.uniform(0, 100, size=3))
+        mean, sd = round(runs.mean(), 1), round(runs.std(ddof=1), 1)
+        found = paper.possible_runs(mean, sd)
+        assert np.abs(found.mean(axis=1) - mean).max() < 0.051
+        assert np.abs(found.std(axis=1, ddof=1) - sd).max() < 0.051
+        # The true triple is among them, up to the grid over angles and rounding.
+        assert np.abs(found - runs).max(axis=1).min() < 0.8
+    assert paper.possible_runs(99.9, 5.0).size == 0
+
+
+def test_runs_below_chance_are_affine_ones() -> None:
+    found = paper.below_chance()
+    assert set(found["flow"]) == {"base"}
+    assert set(zip(found["category"], found["detector"], found["level"], strict=True)) == {
+        ("fryum", "cflow", "image"),
+        ("metal_nut", "cflow", "image"),
+        ("metal_nut", "uflow", "image"),
+        ("metal_nut", "uflow", "pixel"),
+        ("tile", "cflow", "image"),
+        ("toothbrush", "cflow", "image"),
+        ("wood", "cflow", "image"),
+    }
+    assert (found["worst_low"] <= found["worst_high"]).all()

@@ -407,3 +407,42 @@ def test_cost_counts_a_training_once_and_shares_features() -> None:
     assert gpu.iloc[0]["unit"] == "GPU-hours"
     assert gpu.iloc[0]["hours"] == pytest.approx(row["hours"] / 2)
     assert tables.cost([]).empty
+
+
+def test_prefer_takes_the_first_value_a_detector_has() -> None:
+    records = [
+        example(profile="smoke"),
+        example(profile="book"),
+        example(detector="cflow", profile="smoke", loss="anomalib"),
+        example(detector="cflow", profile="smoke", loss="mle"),
+    ]
+    kept = tables.prefer(records, profile=("full", "book", "smoke"), loss=("anomalib", "mle"))
+    assert [(r.detector, r.profile, r.loss) for r in kept] == [
+        ("fastflow", "book", "mle"),
+        ("cflow", "smoke", "anomalib"),
+    ]
+    assert tables.prefer(records, profile=("full",)) == []
+    with pytest.raises(RecordError, match="no column lossy"):
+        tables.prefer(records, lossy=("mle",))
+
+
+def test_comparison_pairs_classes_and_knows_what_it_cannot_say() -> None:
+    cells = {"image": tables.collect(_grid()), "pixel": tables.collect(_grid(("bottle",), seeds=1), "pixel_auroc")}
+    table = tables.comparison(cells).set_index("level")
+    row = table.loc["image"]
+    assert (row["classes"], row["runs"]) == (2, 12)
+    assert row["difference"] == pytest.approx(5.0)
+    assert row["low"] < 5 < row["high"]
+    assert row["improvement"] == 1.0
+    assert row["ratio"] == pytest.approx(1.0)
+    single = table.loc["pixel"]
+    assert single["difference"] == pytest.approx(0.0)
+    assert single[["low", "class_low", "improvement", "ratio"]].isna().all()
+    assert tables.comparison(cells, "gin + LU").empty
+
+
+def test_frame_is_in_percent() -> None:
+    table = tables.frame(_grid())
+    assert table["pixel_auroc"].unique() == pytest.approx([97.0])
+    assert set(table["variant"]) == {"affine", "additive + LU"}
+    assert list(tables.frame([]).columns) == [*tables.COLUMNS, "variant"]

@@ -173,7 +173,7 @@ def interquartile_means(*, resamples: int = statistics.RESAMPLES, seed: int = 0)
     """
     table = paper.cells()
     levels = [(dataset, level) for dataset in paper.DATASETS for level in ("image", "pixel")]
-    figure, axes = plt.subplots(1, 4, figsize=(10.0, 2.2), sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(10.0, 2.5), sharey=True)
     for axis, (dataset, level) in zip(axes, levels, strict=True):
         part = table[(table["dataset"] == dataset) & (table["level"] == level)]
         for y, detector in enumerate(paper.DETECTORS):
@@ -190,7 +190,7 @@ def interquartile_means(*, resamples: int = statistics.RESAMPLES, seed: int = 0)
         Line2D([], [], color=COLORS[key], marker=PAPER, ms=5, label=label)
         for key, label in (("non-usf", "affine"), ("usf", "USF"))
     ]
-    axes[0].legend(handles=handles, loc="lower left")
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure
 
 
@@ -198,6 +198,12 @@ def _color(variant: str) -> str:
     if variant.startswith("affine"):
         return COLORS["non-usf"]
     return COLORS["gin"] if variant.startswith("gin") else COLORS["usf"]
+
+
+def _order(variant: str) -> tuple[int, str]:
+    """Affine first, then additive, then GIN."""
+    kinds = ("affine", "additive", "gin")
+    return next(n for n, kind in enumerate(kinds) if variant.startswith(kind)), variant
 
 
 def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figure:
@@ -220,7 +226,7 @@ def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figur
                 groups.setdefault((level, key[2], key[3]), []).append((key, cell))
     if not groups:
         raise ValueError("no runs to draw: run a cell of the benchmark first")
-    models = [(d, v) for d in paper.DETECTORS for v in sorted({v for _, e, v in groups if e == d})]
+    models = [(d, v) for d in paper.DETECTORS for v in sorted({v for _, e, v in groups if e == d}, key=_order)]
     levels = [level for level in cells if any(group[0] == level for group in groups)]
     shape = (9.0, 0.36 * len(models) + 1.1)
     figure, axes = plt.subplots(1, len(levels), figsize=shape, sharey=True, squeeze=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
@@ -22,14 +23,18 @@ from usf import paths
 from usf.study import statistics
 
 __all__ = [
+    "DATASETS",
     "DETECTORS",
     "RESOLUTION",
+    "RUNS",
     "averages",
+    "below_chance",
     "best",
     "cells",
     "checks",
     "differences",
     "largest_sd",
+    "possible_runs",
     "reanalysis",
     "recompute",
 ]
@@ -182,6 +187,47 @@ def largest_sd(mean: float, runs: int = RUNS, *, sample: bool = True, high: floa
     full = min(int(mean * runs // high), runs - 1)
     values = [high] * full + [mean * runs - high * full] + [0.0] * (runs - full - 1)
     return float(np.std(values, ddof=int(sample))), values
+
+
+def possible_runs(mean: float, sd: float, *, angles: int = 241) -> npt.NDArray[np.float64]:
+    """All triples of runs, up to a grid, that a printed mean and standard deviation leave possible.
+
+    Three numbers with a given mean and standard deviation lie on a circle about the mean in the plane of that mean:
+    run k is mean + sd * (2 / sqrt(3)) * cos(angle + 2 pi k / 3). What is left open is the angle, and the rounding of
+    the print; an AUROC outside [0, 100] rules angles out.
+
+    Args:
+        mean, sd: as printed, in percent; the sd with n - 1 in the denominator.
+        angles: of the grid.
+
+    Returns:
+        sorted triples (n, 3); empty if no three areas can have that mean and standard deviation.
+
+    >>> runs = possible_runs(82.7, 29.9)
+    >>> runs.min(axis=0).round().tolist(), runs.max(axis=0).round().tolist()
+    ([48.0, 100.0, 100.0], [48.0, 100.0, 100.0])
+    """
+    angle = np.linspace(0, np.pi / 3, angles)[:, None] + np.array([0.0, 2.0, 4.0]) * np.pi / 3
+    slack = np.array([-0.5, 0.0, 0.5]) * RESOLUTION
+    centres = (mean + slack)[:, None, None, None]
+    spreads = np.maximum(sd + slack, 0)[None, :, None, None]
+    runs = np.sort((centres + spreads * 2 / np.sqrt(3) * np.cos(angle)).reshape(-1, 3), axis=1)
+    return np.asarray(runs[(runs[:, 0] >= 0) & (runs[:, -1] <= 100)])
+
+
+def below_chance() -> pd.DataFrame:
+    """Cells of tables 2 to 5 with a run that was certainly below an AUROC of 50, whatever the three runs were.
+
+    Returns:
+        these cells, with ``worst_low`` and ``worst_high``, between which the worst of the three runs lies.
+    """
+    table = cells()
+    bounds = []
+    for row in table.itertuples():
+        worst = possible_runs(float(str(row.mean)), float(str(row.sd)))[:, 0]
+        bounds.append((worst.min(), worst.max()))
+    table[["worst_low", "worst_high"]] = bounds
+    return table[table["worst_high"] < 50].reset_index(drop=True)
 
 
 def checks() -> pd.DataFrame:

@@ -55,6 +55,7 @@ __all__ = [
     "example",
     "failures",
     "file_name",
+    "frame",
     "latest",
     "merge",
     "prefer",
@@ -621,11 +622,11 @@ def prefer(records: Iterable[Record], **orders: Sequence[Any]) -> list[Record]:
     """
     kept = list(records)
     for name, order in orders.items():
-        present = {(record.detector, getattr(record, name)) for record in select(kept)}
+        present = {(record.detector, getattr(record, name)) for record in select(kept, **{name: order})}
         chosen = {
-            detector: next((value for value in order if (detector, value) in present), None) for detector, _ in present
+            detector: min((v for d, v in present if d == detector), key=list(order).index) for detector, _ in present
         }
-        kept = [record for record in kept if getattr(record, name) == chosen[record.detector]]
+        kept = [r for r in kept if r.detector in chosen and getattr(r, name) == chosen[r.detector]]
     return kept
 
 
@@ -859,6 +860,18 @@ def comparison(
                 row["ratio_low"], row["ratio_high"] = test.ratio.low, test.ratio.high
             rows.append(row)
     return pd.DataFrame(rows, columns=names)
+
+
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """Records as a data frame: the columns of the schema and ``variant``, metrics in percent."""
+    import pandas as pd
+
+    table = pd.DataFrame(
+        [{**dataclasses.asdict(record), "variant": record.variant} for record in records],
+        columns=[*COLUMNS, "variant"],
+    )
+    table[list(METRICS)] = 100 * table[list(METRICS)].astype(float)
+    return table
 
 
 def failures(records: Iterable[Record]) -> pd.DataFrame:

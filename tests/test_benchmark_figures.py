@@ -1,0 +1,74 @@
+"""The figures of the benchmark show what their tables hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import pytest
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from usf.plots import benchmark
+from usf.study import paper, tables
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def _drawn(figure: Figure, marker: str) -> int:
+    return sum(line.get_marker() == marker for axis in figure.axes for line in axis.get_lines())
+
+
+def _cells() -> dict[str, dict[tables.Key, tables.Cell]]:
+    records = [
+        tables.example(category=c, coupling=k, mixing=m, seed=s, image_auroc=0.9 + 0.01 * s, pixel_auroc=0.95)
+        for c in ("bottle", "pill")
+        for k, m in (("affine", "permutation"), ("additive", "lu"), ("gin", "lu"))
+        for s in range(3)
+    ]
+    return {level: tables.collect(records, metric) for level, metric in tables.METRIC.items()}
+
+
+def test_figures_of_the_papers_tables_have_a_mark_for_each_comparison() -> None:
+    table = paper.reanalysis(resamples=200)
+    for figure in (benchmark.mean_differences(table), benchmark.spread_ratios(paper.differences(), table)):
+        assert _drawn(figure, benchmark.PAPER) == len(table) == 12
+        filled = [
+            line.get_markerfacecolor() != "white"
+            for line in figure.axes[0].get_lines()
+            if line.get_marker() == benchmark.PAPER
+        ]
+        column = "p_holm" if figure.axes[0].get_xscale() == "symlog" else "ratio_p_holm"
+        assert filled == list(table[column] < 0.05)
+    assert _drawn(benchmark.interquartile_means(resamples=100), benchmark.PAPER) == 4 * 3 * 2
+
+
+def test_class_differences_add_what_was_measured() -> None:
+    figure = benchmark.class_differences("image")
+    assert (_drawn(figure, benchmark.PAPER), _drawn(figure, benchmark.HERE)) == (27 * 3, 0)
+    figure = benchmark.class_differences("image", _cells()["image"])
+    assert (_drawn(figure, benchmark.PAPER), _drawn(figure, benchmark.HERE)) == (27 * 3, 2)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels[0] == "bottle"
+    assert labels[15] == "candle"
+
+
+def test_measured_draws_each_variant_and_the_papers_value_where_there_is_one() -> None:
+    figure = benchmark.measured(_cells())
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "FastFlow, affine (2)",
+        "FastFlow, additive + LU (2)",
+        "FastFlow, gin + LU (2)",
+    ]
+    assert _drawn(figure, benchmark.HERE) == 2 * 3
+    assert _drawn(figure, "x") == 2 * 2  # GIN is not in the paper
+    with pytest.raises(ValueError, match="no runs to draw"):
+        benchmark.measured({"image": {}})
