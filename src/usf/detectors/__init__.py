@@ -12,15 +12,29 @@ from typing import TYPE_CHECKING, Any
 from usf.detectors.backbones import Weights, resolve
 
 if TYPE_CHECKING:
+    from usf.detectors.cflow import Cflow, CflowModel
     from usf.detectors.coupling import Block, FlowOptions
     from usf.detectors.fastflow import Fastflow, FastflowModel
     from usf.detectors.uflow import Uflow, UflowModel
 
-__all__ = ["Block", "Fastflow", "FastflowModel", "FlowOptions", "Uflow", "UflowModel", "Weights", "resolve"]
+__all__ = [
+    "Block",
+    "Cflow",
+    "CflowModel",
+    "Fastflow",
+    "FastflowModel",
+    "FlowOptions",
+    "Uflow",
+    "UflowModel",
+    "Weights",
+    "resolve",
+]
 
 _LAZY = {
     "Block": "usf.detectors.coupling",
     "FlowOptions": "usf.detectors.coupling",
+    "Cflow": "usf.detectors.cflow",
+    "CflowModel": "usf.detectors.cflow",
     "Fastflow": "usf.detectors.fastflow",
     "FastflowModel": "usf.detectors.fastflow",
     "Uflow": "usf.detectors.uflow",

@@ -91,10 +91,12 @@ class FlowDetector(AnomalibModule):
                 **dataclasses.asdict(options),
             }
         )
+        # Only CFlow has a choice of layers; the others' are the default of ``resolve``.
+        layers = {"layers": settings["layers"]} if "layers" in settings else {}
         if backbone_weights == "checkpoint":
             self.weights = Weights(backbone, "checkpoint", "", "")
         else:
-            self.weights = backbones.resolve(backbone_weights, backbone=backbone)
+            self.weights = backbones.resolve(backbone_weights, backbone=backbone, **layers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Mark the checkpoint as bringing its own backbone, and note which one it was."""
