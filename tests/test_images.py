@@ -17,7 +17,6 @@ from usf import paths
 from usf.plots import images as figures
 from usf.study import images
 from usf.study.detection import FitHistory
-from usf.study.features import FeatureCacheError, Features, extract
 from usf.study.images import ImageFolderError, read
 
 
@@ -217,60 +216,6 @@ class Pyramid(nn.Module):
         return [level, self.second(level)]
 
 
-def test_features_equal_the_backbone_with_and_without_cache(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    backbone, files = Pyramid(), read(folder).train
-    plain = extract(backbone, files, 16, progress=False, batch_size=2)
-    direct = backbone(images.normalise(images.load_images(files, 16)))
-    assert len(plain) == 3
-    assert plain.dimension == 4 * 16 + 5 * 4
-    for level, expected in zip(plain.levels, direct, strict=True):
-        assert torch.allclose(level, expected, atol=1e-6)
-        assert not level.is_inference()
-        assert not level.requires_grad
-    cache = tmp_path / "features"
-    for _ in range(2):
-        cached = extract(backbone, files, 16, progress=False, batch_size=2, cache=cache, key="k")
-        assert all(torch.equal(a, b) for a, b in zip(cached.levels, plain.levels, strict=True))
-    assert len(list(cache.iterdir())) == 1
-    extract(backbone, files, 16, progress=False, cache=cache, key="other")
-    extract(backbone, files, 32, progress=False, cache=cache, key="k")
-    assert len(list(cache.iterdir())) == 3, "one entry per key and size, nothing temporary"
-    assert [part.shape[0] for part in cached.batch(torch.tensor([2, 0]))] == [2, 2]
-
-
-def test_damaged_feature_cache_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    backbone, files, cache = Pyramid(), read(folder).train, tmp_path / "features"
-    extract(backbone, files, 16, progress=False, cache=cache, key="k")
-    victim = next(cache.glob("*/level1.npy"))
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(data)
-    for _ in range(2):
-        with pytest.raises(FeatureCacheError, match=r"level1.npy is missing or damaged: delete"):
-            extract(backbone, files, 16, progress=False, cache=cache, key="k")
-
-
-def test_interrupted_extraction_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    class Failing(Pyramid):
-        def forward(self, x: Tensor) -> list[Tensor]:
-            raise KeyboardInterrupt
-
-    cache = tmp_path / "features"
-    with pytest.raises(KeyboardInterrupt):
-        extract(Failing(), read(folder).train, 16, progress=False, cache=cache, key="k")
-    assert not list(cache.iterdir())
-
-
-def test_features_are_checked(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no images"):
-        extract(Pyramid(), [], 16)
-    with pytest.raises(ValueError, match="needs a key"):
-        extract(Pyramid(), read(folder).train, 16, cache=tmp_path)
-    with pytest.raises(ValueError, match="same number"):
-        Features((torch.zeros(2, 1, 1, 1), torch.zeros(3, 1, 1, 1)))
-
-
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +231,7 @@ def test_figures_show_every_image_map_and_kind() -> None:
     with pytest.raises(ValueError, match="same length"):
         figures.anomaly_maps(torch.rand(3, 3, 8, 8), masks[:2], maps, ["good", "crack", "dent"])
 
-    history = FitHistory(train=[2.0, 1.0], val=[1.5, 1.2], seconds=1.0, steps=4, best_epoch=2)
+    history = FitHistory("fixed", "", losses=[40.0, 20.0], train=[2.0, 1.0], val=[1.5, 1.2], best_epoch=2)
     curves = figures.training_curves({"affine": history, "USF": history}, {"affine": "non-usf", "USF": "usf"})
     assert len(curves.axes[0].lines) == 4
 

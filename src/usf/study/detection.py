@@ -218,13 +218,11 @@ def build(
 
 def initial_digest(model: nn.Module) -> str:
     """SHA-256 of a detector's weights, permutations included, without the backbone (which has a hash of its own)."""
-    frozen = {
-        name
-        for name, child in model.named_children()
-        if "feature_extractor" in name or "encoder" in name or "backbone" in name
-        if not any(parameter.requires_grad for parameter in child.parameters())
-    }
-    return digest({key: value for key, value in model.state_dict().items() if key.split(".", 1)[0] not in frozen})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict()
+    # anomalib's names for where a backbone is; U-Flow keeps trained layer normalisations there too.
+    own = [key for key in state if key in trained or key.split(".", 1)[0] not in ("feature_extractor", "encoder")]
+    return digest({key: state[key] for key in own})
 
 
 def _name(model: DetectorModel, label: str | None) -> str:
