@@ -446,3 +446,31 @@ def test_frame_is_in_percent() -> None:
     assert table["pixel_auroc"].unique() == pytest.approx([97.0])
     assert set(table["variant"]) == {"affine", "additive + LU"}
     assert list(tables.frame([]).columns) == [*tables.COLUMNS, "variant"]
+
+
+def test_scores_are_compared_on_the_same_models() -> None:
+    records = [
+        example(seed=0, score="norm", image_auroc=0.8),
+        example(seed=0, score="anomalib", image_auroc=0.9),
+        example(seed=1, score="norm", image_auroc=0.1),  # has one score only: not counted
+        example(detector="uflow", score="norm"),  # a detector with one score: nothing to compare
+    ]
+    table = tables.by_score(records)
+    assert list(table.index) == [("fastflow", "additive + LU")]
+    row = table.iloc[0]
+    assert (row["trainings"], row["image, norm"], row["image, anomalib"]) == (1, 80.0, 90.0)
+    assert tables.by_score(records[:1]).empty
+
+
+def test_protocol_gain_pairs_the_same_training() -> None:
+    records = [
+        example(seed=seed, protocol=protocol, image_auroc=value, epoch=epoch, settings=letter * 12)
+        for seed in (0, 1)
+        for protocol, value, epoch, letter in (("main", 0.90, 2, "a"), ("paper", 0.92 + 0.02 * seed, 1, "b"))
+    ]
+    table = tables.protocol_gain([*records, example(seed=7)])
+    row = table.loc[("fastflow", "additive + LU", "norm")]
+    assert row["pairs"] == 2
+    assert row["image"] == pytest.approx(3.0)
+    assert (row["epoch_main"], row["epoch_paper"]) == (2, 1)
+    assert tables.protocol_gain(records[:1]).empty

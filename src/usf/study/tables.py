@@ -49,6 +49,7 @@ __all__ = [
     "RecordError",
     "agreement",
     "beside",
+    "by_score",
     "collect",
     "comparison",
     "cost",
@@ -59,6 +60,7 @@ __all__ = [
     "latest",
     "merge",
     "prefer",
+    "protocol_gain",
     "read",
     "read_settings",
     "select",
@@ -872,6 +874,74 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     )
     table[list(METRICS)] = 100 * table[list(METRICS)].astype(float)
     return table
+
+
+def by_score(records: Iterable[Record]) -> pd.DataFrame:
+    """The same trained models in other scores: mean AUROC in percent by detector and variant.
+
+    Only trainings that have all the scores that any training of their detector has are counted, so that a row compares
+    equal models.
+
+    Returns:
+        rows (detector, variant), a column ``trainings``, and for each score the columns ``"image, norm"``, ...; empty
+        where no detector has two scores.
+    """
+    import pandas as pd
+
+    groups: dict[str, dict[tuple[Any, ...], dict[str, Record]]] = {}
+    for record in select(records, status="ok"):
+        groups.setdefault(record.detector, {}).setdefault((record.training, record.key[-1]), {})[record.score] = record
+    rows = []
+    for trainings in groups.values():
+        scores = {score for found in trainings.values() for score in found}
+        for found in trainings.values():
+            if len(scores) > 1 and set(found) == scores:
+                row: dict[str, Any] = {}
+                for score in (score for score in get_args(Score) if score in scores):
+                    row |= {"detector": found[score].detector, "variant": found[score].variant}
+                    for level, metric in METRIC.items():
+                        value = getattr(found[score], metric)
+                        row[f"{level}, {score}"] = None if value is None else 100 * value
+                rows.append(row)
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows).groupby(["detector", "variant"])
+    means = table.mean()
+    means.insert(0, "trainings", table.size())
+    return means
+
+
+def protocol_gain(records: Iterable[Record]) -> pd.DataFrame:
+    """What selecting on the test set buys: AUROC of protocol ``"paper"`` minus ``"main"``, percent points.
+
+    Pairs agree in everything but the protocol and the settings, which hold the rule that stops.
+
+    Returns:
+        rows (detector, variant, score) with ``pairs``, ``image``, ``pixel`` (mean differences), ``epoch_main``,
+        ``epoch_paper`` (mean epoch that was scored); empty without pairs.
+    """
+    import pandas as pd
+
+    same = [name for name in (*TRAINING, "score") if name != "settings"]
+    pairs: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in select(records, status="ok", protocol=("main", "paper")):
+        pairs.setdefault(tuple(getattr(record, name) for name in same), {})[record.protocol] = record
+    rows = []
+    for pair in pairs.values():
+        if len(pair) < 2:
+            continue
+        main, leaky = pair["main"], pair["paper"]
+        row: dict[str, Any] = {"detector": main.detector, "variant": main.variant, "score": main.score}
+        for level, metric in METRIC.items():
+            values = getattr(leaky, metric), getattr(main, metric)
+            row[level] = None if None in values else 100 * (values[0] - values[1])
+        rows.append(row | {"epoch_main": main.epoch, "epoch_paper": leaky.epoch})
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows).groupby(["detector", "variant", "score"])
+    means = table.mean()
+    means.insert(0, "pairs", table.size())
+    return means
 
 
 def failures(records: Iterable[Record]) -> pd.DataFrame:
