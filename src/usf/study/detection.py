@@ -183,7 +183,7 @@ def build(
     *,
     seed: int,
     loss: Loss | None = None,
-    score: Score = "norm",
+    score: Score | None = None,
     **model_options: Any,
 ) -> DetectorModel:
     """A detector for ``size`` x ``size`` images whose initial weights are a function of ``seed``.
@@ -197,7 +197,7 @@ def build(
         options: what the flow's blocks are made of.
         seed: of the initial weights and permutations.
         loss: see the model; by default its own default.
-        score: how latents become a map, where nothing else is asked for later.
+        score: how latents become a map, where nothing else is asked for later; by default the model's own default.
         model_options: the model's other arguments, e.g. ``flow_steps``.
 
     Raises:
@@ -208,11 +208,10 @@ def build(
     from usf import detectors
 
     constructor = getattr(detectors, MODELS[detector])
-    if loss is not None:
-        model_options["loss"] = loss
+    model_options |= {name: value for name, value in (("loss", loss), ("score", score)) if value is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: DetectorModel = constructor((size, size), weights, options, score=score, **model_options)
+        model: DetectorModel = constructor((size, size), weights, options, **model_options)
     return model
 
 
