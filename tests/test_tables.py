@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usf.study import status, tables
+from usf.study import paper, status, tables
 from usf.study.records import settings_hash
 from usf.study.tables import Record, RecordError, example
 
@@ -306,7 +306,7 @@ def test_cells_collect_seeds_in_percent() -> None:
     assert cell.values == pytest.approx((95.0, 96.0, 97.0))
     assert (cell.seeds, cell.failed) == ((0, 1, 2), ("the loss is nan at epoch 1",))
     assert (cell.mean, cell.sd) == (pytest.approx(96.0), pytest.approx(1.0))
-    assert str(cell) == "96.0 ± 1.0 (3, 1 failed)"
+    assert str(cell) == "96.0±1.0 (3, 1 failed)"
     assert str(tables.Cell(failed=("a", "b"))) == "2 failed"
 
 
@@ -351,9 +351,9 @@ def test_beside_without_records_says_not_run_everywhere() -> None:
 def test_beside_puts_a_measurement_below_the_print() -> None:
     table = tables.beside(tables.collect(_grid()), "mvtec", "image")
     assert list(table.columns[:3]) == [("affine", "FastFlow"), ("affine", "U-Flow"), ("affine", "CFlow")]
-    assert table.loc[("bottle", "paper"), ("affine", "FastFlow")] == "100.0 ± 0.0"
-    assert table.loc[("bottle", "here"), ("affine", "FastFlow")] == "91.0 ± 1.0 (3)"
-    assert table.loc[("bottle", "here"), ("USF", "FastFlow")] == "96.0 ± 1.0 (3)"
+    assert table.loc[("bottle", "paper"), ("affine", "FastFlow")] == "100.0±0.0"
+    assert table.loc[("bottle", "here"), ("affine", "FastFlow")] == "91.0±1.0 (3)"
+    assert table.loc[("bottle", "here"), ("USF", "FastFlow")] == "96.0±1.0 (3)"
     assert table.loc[("bottle", "here"), ("USF", "CFlow")] == "not run"
     assert table.loc[("screw", "here"), ("USF", "FastFlow")] == "not run"
 
@@ -361,13 +361,20 @@ def test_beside_puts_a_measurement_below_the_print() -> None:
 def test_summary_compares_over_the_same_classes() -> None:
     records = [*_grid(), example(category="screw", seed=0)]  # screw has no affine run: it does not count
     cells = {level: tables.collect(records, metric) for level, metric in tables.METRIC.items()}
-    table = tables.summary(cells).set_index(["data set", "level", "detector", "flow"])
-    assert len(table) == 24
-    row = table.loc[("MVTec AD", "image", "FastFlow", "USF")]
-    assert (row["paper"], row["classes"], row["here"]) == ("91.0 ± 0.9", "2 of 15", "96.0 ± 1.0")
-    assert row["paper, these classes"] == "93.6 ± 0.6"  # bottle 98.9 ± 0.2, pill 88.2 ± 1.0
-    empty = table.loc[("VisA", "image", "FastFlow", "USF")]
-    assert (empty["classes"], empty["here"]) == ("0 of 12", "not run")
+    table = tables.summary(cells)
+    column = ("USF", "FastFlow")
+    mvtec = table.loc["MVTec AD image"][column].to_dict()
+    # bottle 98.9 ± 0.2, pill 88.2 ± 1.0
+    assert mvtec == {"paper": "91.0±0.9", "classes run": "2 of 15", "paper, these": "93.6±0.6", "here": "96.0±1.0"}
+    assert table.loc["MVTec AD image"]["USF", "CFlow"].to_dict()["here"] == "not run"
+    assert table.loc["VisA image"][column].to_dict() == {"paper": "87.7±0.6", "here": "not run"}
+    # The print has the same averages.
+    printed = paper.cells(average=True)
+    for row in printed[printed["table"] == 1].itertuples():
+        place = (f"{paper.DATASETS[row.dataset]} {row.level}", "paper")
+        text = table.loc[place, (tables.FLOW_NAMES[row.flow], paper.DETECTORS[row.detector])]
+        mean, spread = map(float, text.split("±"))
+        assert (mean, spread) == (pytest.approx(row.mean, abs=0.051), pytest.approx(row.sd, abs=0.051))
 
 
 def test_agreement_has_an_interval_for_each_comparison() -> None:
@@ -456,7 +463,7 @@ def test_scores_are_compared_on_the_same_models() -> None:
         example(detector="uflow", score="norm"),  # a detector with one score: nothing to compare
     ]
     table = tables.by_score(records)
-    assert list(table.index) == [("fastflow", "additive + LU")]
+    assert table[["detector", "variant"]].to_numpy().tolist() == [["fastflow", "additive + LU"]]
     row = table.iloc[0]
     assert (row["trainings"], row["image, norm"], row["image, anomalib"]) == (1, 80.0, 90.0)
     assert tables.by_score(records[:1]).empty
@@ -469,8 +476,14 @@ def test_protocol_gain_pairs_the_same_training() -> None:
         for protocol, value, epoch, letter in (("main", 0.90, 2, "a"), ("paper", 0.92 + 0.02 * seed, 1, "b"))
     ]
     table = tables.protocol_gain([*records, example(seed=7)])
-    row = table.loc[("fastflow", "additive + LU", "norm")]
-    assert row["pairs"] == 2
+    assert len(table) == 1
+    row = table.iloc[0]
+    assert (row["detector"], row["score"], row["pairs"]) == ("fastflow", "norm", 2)
     assert row["image"] == pytest.approx(3.0)
     assert (row["epoch_main"], row["epoch_paper"]) == (2, 1)
     assert tables.protocol_gain(records[:1]).empty
+
+
+def test_models_are_ordered_as_in_the_paper() -> None:
+    models = [("cflow", "affine"), ("fastflow", "gin + LU"), ("fastflow", "additive + LU"), ("fastflow", "affine")]
+    assert sorted(models, key=lambda model: tables.model_order(*model)) == [*reversed(models[1:]), models[0]]

@@ -173,8 +173,8 @@ def interquartile_means(*, resamples: int = statistics.RESAMPLES, seed: int = 0)
     """
     table = paper.cells()
     levels = [(dataset, level) for dataset in paper.DATASETS for level in ("image", "pixel")]
-    figure, axes = plt.subplots(1, 4, figsize=(10.0, 2.5), sharey=True)
-    for axis, (dataset, level) in zip(axes, levels, strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.0), sharey=True)
+    for axis, (dataset, level) in zip(axes.flat, levels, strict=True):
         part = table[(table["dataset"] == dataset) & (table["level"] == level)]
         for y, detector in enumerate(paper.DETECTORS):
             for flow, shift in (("base", -0.15), ("usf", 0.15)):
@@ -185,6 +185,7 @@ def interquartile_means(*, resamples: int = statistics.RESAMPLES, seed: int = 0)
                 axis.plot(interval.estimate, y + shift, PAPER, color=color, ms=5)
         _rows(axis, list(paper.DETECTORS.values()))
         axis.set_title(f"{paper.DATASETS[dataset]} {level}")
+    for axis in axes[1]:
         axis.set_xlabel("AUROC, %")
     handles = [
         Line2D([], [], color=COLORS[key], marker=PAPER, ms=5, label=label)
@@ -198,12 +199,6 @@ def _color(variant: str) -> str:
     if variant.startswith("affine"):
         return COLORS["non-usf"]
     return COLORS["gin"] if variant.startswith("gin") else COLORS["usf"]
-
-
-def _order(variant: str) -> tuple[int, str]:
-    """Affine first, then additive, then GIN."""
-    kinds = ("affine", "additive", "gin")
-    return next(n for n, kind in enumerate(kinds) if variant.startswith(kind)), variant
 
 
 def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figure:
@@ -226,9 +221,9 @@ def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figur
                 groups.setdefault((level, key[2], key[3]), []).append((key, cell))
     if not groups:
         raise ValueError("no runs to draw: run a cell of the benchmark first")
-    models = [(d, v) for d in paper.DETECTORS for v in sorted({v for _, e, v in groups if e == d}, key=_order)]
+    models = sorted({(detector, variant) for _, detector, variant in groups}, key=lambda m: tables.model_order(*m))
     levels = [level for level in cells if any(group[0] == level for group in groups)]
-    shape = (9.0, 0.36 * len(models) + 1.1)
+    shape = (8.2, 0.36 * len(models) + 1.1)
     figure, axes = plt.subplots(1, len(levels), figsize=shape, sharey=True, squeeze=False)
     printed = paper.cells().set_index(["level", "dataset", "category", "detector", "flow"])["mean"]
     flows = {variant: flow for flow, variant in tables.VARIANTS.items()}
