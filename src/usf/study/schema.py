@@ -36,6 +36,7 @@ from usf.study.records import atomic_write, settings_hash, write_json
 
 __all__ = [
     "COLUMNS",
+    "ERROR_LENGTH",
     "METRICS",
     "TRAINING",
     "Coupling",

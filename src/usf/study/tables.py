@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from usf.study.schema import (
     COLUMNS,
+    ERROR_LENGTH,
     METRICS,
     TRAINING,
     Coupling,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "ERROR_LENGTH",
     "FLOW_NAMES",
     "METRIC",
     "METRICS",
