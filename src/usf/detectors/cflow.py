@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
+from usf.detectors.export import Chain
 from usf.detectors.fibres import decode, decode_maps
 from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
@@ -134,6 +135,11 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
         hidden, log_dets = [], []
         with self._precision(features[0]):
             for decoder, maps in zip(self.decoders, features, strict=True):
+                if isinstance(decoder, Chain):  # in an inference copy
+                    z, log_det = decoder.transform(maps)
+                    hidden.append(z)
+                    log_dets.append(log_det)
+                    continue
                 blocks = list(decoder.module_list)  # type: ignore[arg-type]
                 conditions = self.conditions(*maps.shape[2:])
                 if torch.is_grad_enabled():
@@ -230,7 +236,7 @@ def _log_prob(square_norm: Tensor, log_det: Tensor, channels: int) -> Tensor:
     return (log_det - 0.5 * square_norm - 0.5 * channels * math.log(2 * math.pi)) / channels
 
 
-class Cflow(FlowDetector, lightning_model.Cflow):  # type: ignore[misc]  # to_onnx, inside anomalib
+class Cflow(FlowDetector, lightning_model.Cflow):
     """anomalib's ``Cflow`` as a uniformly scaling flow (the default), or with any other coupling.
 
     ``Cflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps, same

@@ -91,7 +91,7 @@ class FastflowModel(torch_model.FastflowModel, DetectorModel):
         hidden, log_dets = [], []
         for norm, flow, feature in zip(self.norms, self.fast_flow_blocks, features, strict=True):
             z = norm(feature)
-            total = z.new_zeros(len(z), *z.shape[2:])
+            total = z.new_zeros(z.shape[0], *z.shape[2:])  # not len(z), which an exporter would fix
             if self.loss_kind == "mle":
                 scale: Tensor = norm.weight  # type: ignore[assignment]
                 total = total + scale.abs().log().sum(dim=0)
@@ -126,7 +126,7 @@ class FastflowModel(torch_model.FastflowModel, DetectorModel):
         return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps)
 
 
-class Fastflow(FlowDetector, lightning_model.Fastflow):  # type: ignore[misc]  # to_onnx, inside anomalib
+class Fastflow(FlowDetector, lightning_model.Fastflow):
     """anomalib's ``Fastflow`` as a uniformly scaling flow (the default), or with any other coupling.
 
     ``Fastflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps,

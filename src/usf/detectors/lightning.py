@@ -114,6 +114,35 @@ class FlowDetector(AnomalibModule):
         if known:
             self.weights = Weights(self.weights.backbone, "checkpoint", known["tag"], known["sha256"])
 
+    def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """anomalib's export, of a copy with the same scores in which the linear maps are multiplied out and images are
+        resized as in training, see :func:`usf.detectors.export.exportable`. ``Engine.export`` to ONNX and OpenVINO uses
+        it.
+
+        Args:
+            export_root, model_file_name, input_size, kwargs: anomalib's; without ``input_size`` any image size goes in.
+
+        Raises:
+            ImportError: without the ``export`` extra.
+        """
+        from usf.detectors.export import exportable
+
+        try:
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError("ONNX export needs the export extra: pip install 'usf[export]'") from error
+        # The exporter's own default; anomalib asks for an older one, and every file would be converted back to it.
+        kwargs.setdefault("opset_version", 18)
+        copied = exportable(self)
+        written: Path = AnomalibModule.to_onnx(copied, export_root, model_file_name, input_size, **kwargs)
+        return written
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """anomalib's metrics, the areas computed on the scores as they are (no squashing of single batches)."""

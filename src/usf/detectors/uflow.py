@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
 from usf.detectors import backbones
-from usf.detectors.backbones import LAYERS, MCAIT, MCait, Weights
+from usf.detectors.backbones import LAYERS, MCait, Weights
 from usf.detectors.coupling import Block, Coupling, Diagonal, FlowOptions, Mixing, building_with
+from usf.detectors.export import Chain
 from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 
@@ -101,8 +102,9 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
     ) -> None:
         height, width = (int(side) for side in input_size)
         if weights.backbone == "mcait":
-            if (height, width) != (MCAIT[0].size, MCAIT[0].size):
-                raise ValueError(f"input size {(height, width)}: mcait takes {MCAIT[0].size} x {MCAIT[0].size} alone")
+            side = backbones.MCAIT[0].size
+            if (height, width) != (side, side):
+                raise ValueError(f"input size {(height, width)}: mcait takes {side} x {side} alone")
         elif any(side < 16 or side % 16 for side in (height, width)):
             raise ValueError(f"input size {(height, width)}: height and width must be multiples of 16 pixels")
         check_choices(loss, score)
@@ -152,7 +154,7 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
         """
         waiting = []
         for index, feature in enumerate(features):
-            log_det = feature.new_zeros(len(feature), *feature.shape[2:])
+            log_det = feature.new_zeros(feature.shape[0], *feature.shape[2:])
             if isinstance(self.feature_extractor, _NormedResNet):
                 norm = self.feature_extractor.feature_normalizations[index]
                 feature = norm(feature)
@@ -163,7 +165,7 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
         hidden, log_dets = [], []
         z, log_det = waiting.pop()
         for module in self.flow.module_list:  # in order: the steps of a stage, then split, up, and join the next map
-            if isinstance(module, Block):
+            if isinstance(module, (Block, Chain)):
                 z, local = module.transform(z)
                 log_det = log_det + local
             elif isinstance(module, Split):
@@ -220,7 +222,7 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
         return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps)
 
 
-class Uflow(FlowDetector, lightning_model.Uflow):  # type: ignore[misc]  # to_onnx, inside anomalib
+class Uflow(FlowDetector, lightning_model.Uflow):
     """anomalib's ``Uflow`` as a uniformly scaling flow (the default), or with any other coupling.
 
     ``Uflow(coupling="affine", mixing="permutation", score="anomalib")`` is the stock model: same loss, same maps, and
