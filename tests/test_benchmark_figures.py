@@ -72,3 +72,21 @@ def test_measured_draws_each_variant_and_the_papers_value_where_there_is_one() -
     assert _drawn(figure, "x") == 2 * 2  # GIN is not in the paper
     with pytest.raises(ValueError, match="no runs to draw"):
         benchmark.measured({"image": {}})
+
+
+def test_over_epochs_has_a_line_a_training_and_one_a_variant() -> None:
+    records = [
+        tables.example(protocol="trace", epoch=epoch, seed=seed, coupling=coupling, image_auroc=0.9 + 0.01 * epoch)
+        for epoch in (1, 2)
+        for seed in (0, 1, 2)
+        for coupling in ("additive", "gin")
+    ]
+    figure = benchmark.over_epochs(records)
+    (axis,) = figure.axes
+    assert len(axis.get_lines()) == 2 * (3 + 1)
+    thick = [line for line in axis.get_lines() if line.get_linewidth() == 2.0]
+    assert list(thick[0].get_ydata()) == pytest.approx([91.0, 92.0])
+    with pytest.raises(ValueError, match="protocol trace"):
+        benchmark.over_epochs([tables.example()])
+    with pytest.raises(ValueError, match="one score"):
+        benchmark.over_epochs([*records, tables.example(protocol="trace", score="anomalib")])

@@ -401,7 +401,9 @@ def test_cost_counts_a_training_once_and_shares_features() -> None:
         for record in _grid(("bottle",), seeds=2, seconds=90.0, seconds_features=40.0, seconds_score=8.0, threads=2)
         for score in ("norm", "anomalib")
     ]
-    table = tables.cost([*records, example(seed=5, status="failed", seconds=1e6)])
+    # A row of a trace knows the seconds up to its epoch only, and a failed run has no full training.
+    early = dataclasses.replace(records[-1], protocol="trace", epoch=1, epochs_run=1, seconds=45.0)
+    table = tables.cost([*records, example(seed=5, status="failed", seconds=1e6), early])
     assert list(table["trainings"]) == [2, 2]
     row = table.iloc[0]
     assert row["unit"] == "core-hours"
@@ -482,6 +484,8 @@ def test_protocol_gain_pairs_the_same_training() -> None:
     assert row["image"] == pytest.approx(3.0)
     assert (row["epoch_main"], row["epoch_paper"]) == (2, 1)
     assert tables.protocol_gain(records[:1]).empty
+    with pytest.raises(RecordError, match="more than one settings of protocol main"):
+        tables.protocol_gain([*records, example(seed=0, settings="c" * 12)])
 
 
 def test_models_are_ordered_as_in_the_paper() -> None:

@@ -6,7 +6,7 @@ paper's, squares what was measured here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,9 +18,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from usf.plots.theme import COLORS, INK
 from usf.study import paper, statistics, tables
-from usf.study.tables import Cell, Key
+from usf.study.tables import Cell, Key, Record
 
-__all__ = ["class_differences", "interquartile_means", "mean_differences", "measured", "spread_ratios"]
+__all__ = [
+    "class_differences",
+    "interquartile_means",
+    "mean_differences",
+    "measured",
+    "over_epochs",
+    "spread_ratios",
+]
 
 PAPER, HERE = "o", "s"
 """Markers."""
@@ -248,4 +255,37 @@ def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figur
         _rows(axis, labels)
         axis.set_title(f"{level} level")
         axis.set_xlabel("AUROC, %")
+    return figure
+
+
+def over_epochs(records: Sequence[Record], metric: str = "image_auroc") -> Figure:
+    """AUROC after every traced epoch, a panel a detector: a thin line a training, a thick one the mean of a variant.
+
+    Args:
+        records: of protocol ``"trace"`` and one score; runs that failed leave their lines where they broke off.
+        metric: a column.
+
+    Raises:
+        ValueError: no such records, or several scores.
+    """
+    rows = [r for r in records if r.protocol == "trace" and r.status == "ok" and getattr(r, metric) is not None]
+    if not rows or len({record.score for record in rows}) > 1:
+        raise ValueError("records of protocol trace and of one score are needed; choose with usf.study.tables.select")
+    detectors = [name for name in paper.DETECTORS if any(record.detector == name for record in rows)]
+    figure, axes = plt.subplots(1, len(detectors), figsize=(8.2, 2.8), sharey=True, squeeze=False)
+    for axis, detector in zip(axes[0], detectors, strict=True):
+        part = tables.frame(record for record in rows if record.detector == detector)
+        variants = sorted(part["variant"].unique(), key=lambda variant: tables.model_order(detector, variant))
+        for variant in variants:
+            own = part[part["variant"] == variant]
+            style = "-" if variant.endswith("LU") or variant.startswith("affine") else "--"
+            for _, line in own.groupby(["dataset", "category", "seed", "settings"]):
+                line = line.sort_values("epoch")
+                axis.plot(line["epoch"], line[metric], style, color=_color(variant), lw=0.6, alpha=0.35)
+            mean = own.groupby("epoch")[metric].mean()
+            axis.plot(mean.index, mean, style, color=_color(variant), lw=2.0, label=variant)
+        axis.set_title(paper.DETECTORS[detector])
+        axis.set_xlabel("epoch")
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel(f"{metric.removesuffix('_auroc')} AUROC, %")
     return figure

@@ -443,7 +443,8 @@ def by_score(records: Iterable[Record]) -> pd.DataFrame:
 
     groups: dict[str, dict[tuple[Any, ...], dict[str, Record]]] = {}
     for record in select(records, status="ok"):
-        groups.setdefault(record.detector, {}).setdefault((record.training, record.key[-1]), {})[record.score] = record
+        scored = (record.training, record.protocol, record.epoch)
+        groups.setdefault(record.detector, {}).setdefault(scored, {})[record.score] = record
     rows = []
     for trainings in groups.values():
         scores = {score for found in trainings.values() for score in found}
@@ -467,13 +468,21 @@ def protocol_gain(records: Iterable[Record]) -> pd.DataFrame:
     Returns:
         a row for each ``detector, variant, score`` with ``pairs``, ``image``, ``pixel`` (mean differences),
         ``epoch_main``, ``epoch_paper`` (mean epoch that was scored); empty without pairs.
+
+    Raises:
+        RecordError: a training that is there in two settings of one protocol.
     """
     import pandas as pd
 
     same = [name for name in (*TRAINING, "score") if name != "settings"]
     pairs: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in select(records, status="ok", protocol=("main", "paper")):
-        pairs.setdefault(tuple(getattr(record, name) for name in same), {})[record.protocol] = record
+        pair = pairs.setdefault(tuple(getattr(record, name) for name in same), {})
+        if record.protocol in pair:
+            raise RecordError(
+                f"{file_name(record)}: more than one settings of protocol {record.protocol}; use select()"
+            )
+        pair[record.protocol] = record
     rows = []
     for pair in pairs.values():
         if len(pair) < 2:
@@ -500,7 +509,7 @@ def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs:
     """What the paper's grid costs, from the wall time of the trainings that succeeded.
 
     Args:
-        records: the rows of one training count once.
+        records: the rows of one training count once, those of a trace not at all.
         classes, runs: of the grid, for each detector and flow (the paper: 15 + 12 classes, three runs).
         epochs: at most as many (the paper: 100).
 
@@ -514,7 +523,11 @@ def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs:
     """
     import pandas as pd
 
-    seen = {record.training: record for record in records if record.status == "ok" and record.epochs_run}
+    seen: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        # Rows of a trace are written on the way: their seconds are those up to their epoch.
+        if record.status == "ok" and record.epochs_run and record.protocol != "trace":
+            seen[record.training] = record
     sharing: dict[tuple[Any, ...], int] = {}
 
     def shared(record: Record) -> tuple[Any, ...]:
