@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from usf import paths
 from usf.study import alarms, records
@@ -75,6 +77,15 @@ def test_a_run_is_kept_and_comes_back(ran: tuple[Path, list[dict[str, object]]],
     assert not names[0] & names[1]
 
 
+def test_brightness_is_the_mean_of_the_pixels() -> None:
+    options = alarms.settings("smoke")
+    rows = alarms.brightness(options)
+    assert [row["part"] for row in rows] == ["train"] * 12 + ["normal"] * 2
+    path = alarms._folder("textures").root / "train" / rows[0]["image"]
+    with Image.open(path) as image:
+        assert rows[0]["brightness"] == pytest.approx(np.asarray(image.convert("RGB")).mean() / 255, abs=2e-3)
+
+
 def test_a_finished_run_is_not_repeated(
     ran: tuple[Path, list[dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +119,13 @@ def test_the_committed_record_is_whole() -> None:
         found = scores[row["class"]][row["fold"]]["map"]
         assert (len(found.fit), len(found.held_out)) == (row["fit"], row["held_out"])
         assert len(found.normal) + len(found.anomalous) == row["test"]
+    counts = Counter(
+        (row["class"], row["part"]) for row in records.read_csv(paths.results("calibration", "brightness.csv"))
+    )
+    for name in options.classes:
+        first = scores[name][0]["map"]
+        assert counts[name, "train"] == len(first.fit) + len(first.held_out)
+        assert counts[name, "normal"] == len(first.normal)
     for name in options.classes:  # every normal image is held out once
         assert sum(row["held_out"] for row in folds if row["class"] == name) == folds_total(folds, name)
 

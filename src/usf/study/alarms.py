@@ -9,7 +9,7 @@ of the chapter is computed from the record::
     python -m usf.study.alarms --profile full --publish    # three classes under ../shared, about ten minutes of CPU
 
 ``--publish`` writes ``data/results/calibration/``: ``scores.csv`` (one row an image and fold), ``folds.csv`` (one row a
-training), ``provenance.json``. A killed run goes on where it stopped.
+training), ``brightness.csv`` (one row a normal image), ``provenance.json``. A killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from usf import paths
 from usf.study import records
 from usf.study.features import Features, extract
-from usf.study.images import ImageFolder, find, read
+from usf.study.images import ImageFolder, find, load_images, read
 from usf.study.profile import select
 
 if TYPE_CHECKING:
@@ -275,6 +275,25 @@ def write(results: Iterable[Mapping[str, Any]], folder: Path, out: Path) -> None
     records.write_json(out / "provenance.json", {name: value for name, value in runs.items() if name in used})
 
 
+def brightness(options: Settings) -> list[dict[str, Any]]:
+    """Mean pixel value, in [0, 1], of every normal image: are those of the training and the test set alike?
+
+    Returns:
+        rows with ``class``, ``part`` (``"train"`` or ``"normal"``), ``image``, ``brightness``.
+    """
+    rows = []
+    for name in options.classes:
+        images = _folder(name).subset(options.train, options.per_kind)
+        normal = [sample.path for sample in images.test if not sample.anomalous]
+        for part, files in (("train", images.train), ("normal", normal)):
+            values = load_images(files, options.size).mean(dim=(1, 2, 3)).tolist()
+            rows += [
+                {"class": name, "part": part, "image": f"{path.parent.name}/{path.name}", "brightness": value}
+                for path, value in zip(files, values, strict=True)
+            ]
+    return rows
+
+
 def load(folder: Path | None = None) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Scores]]]]:
     """The record: (rows of ``folds.csv``, class -> for each fold the score's name -> :class:`Scores`).
 
@@ -316,7 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = dataclasses.replace(options, classes=tuple(chosen.classes))
     torch.set_num_threads(1)
     results = run(options, folder)
-    write(results, folder, paths.results("calibration") if chosen.publish else folder)
+    out = paths.results("calibration") if chosen.publish else folder
+    write(results, folder, out)
+    records.write_csv(out / "brightness.csv", brightness(options))
     for result in results:
         print("  ".join(f"{key} {result['row'][key]}" for key in FOLD_COLUMNS[:11] if key in result["row"]))
 
