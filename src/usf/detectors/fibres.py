@@ -117,12 +117,15 @@ def _forward(
     block: Block, network_type: torch.dtype, x: Tensor, conditions: Tensor, tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor | None, _Tape]:
     """One block: x (n, C) -> (y, ln|det| (n,) of the coupling or None for zero, tape)."""
-    w1, b1, w2, b2 = (tensor.to(network_type) for tensor in tensors[:4])
-    scale, offset, lu, lu_bias = tensors[4:]
+    w1, b1, w2, b2, scale, offset, lu, lu_bias = tensors
     k = block.splits[0]
-    joint = torch.cat((x[:, :k], conditions), dim=1).to(network_type)
+    joint = torch.cat((x[:, :k], conditions), dim=1)
+    if network_type != x.dtype:
+        joint, w1, b1, w2, b2 = (tensor.to(network_type) for tensor in (joint, w1, b1, w2, b2))
     hidden = torch.addmm(b1, joint, w1.t()).relu_()
-    a = torch.addmm(b2, hidden, w2.t(), beta=SUBNET_SCALE, alpha=SUBNET_SCALE).to(x.dtype)
+    a = torch.addmm(b2, hidden, w2.t(), beta=SUBNET_SCALE, alpha=SUBNET_SCALE)
+    if network_type != x.dtype:
+        a = a.to(x.dtype)
     x2, local, squashed, grown = _couple(block, x[:, k:], a)
     coupled = torch.cat((x[:, :k], x2), dim=1)
     y = coupled + offset if scale is None else torch.addcmul(offset, coupled, scale)
