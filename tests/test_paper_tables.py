@@ -161,6 +161,13 @@ def test_possible_runs_are_all_of_those_with_that_print() -> None:
     assert paper.possible_runs(99.9, 5.0).size == 0
 
 
+def test_affine_cflow_on_metal_nut_was_upside_down_twice() -> None:
+    runs = paper.possible_runs(32.6, 42.6)  # as the solution of an exercise in the book says
+    assert runs[:, 1].max() < 18
+    assert runs[:, 2].min() > 80
+    assert runs[:, 2].max() < 82
+
+
 def test_runs_below_chance_are_affine_ones() -> None:
     found = paper.below_chance()
     assert set(found["flow"]) == {"base"}

@@ -111,7 +111,7 @@ def _panels(level: str) -> tuple[Figure, dict[str, Axes], list[tuple[str, str]]]
     classes = classes[classes["level"] == level]
     keys = list(classes[["dataset", "category"]].drop_duplicates().itertuples(index=False, name=None))
     keys.sort(key=lambda key: list(paper.DATASETS).index(key[0]))
-    figure, axes = plt.subplots(1, 3, figsize=(9.0, 0.2 * len(keys) + 1.0), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(7.8, 0.21 * len(keys) + 1.0), sharey=True)
     return figure, dict(zip(paper.DETECTORS, axes, strict=True)), keys
 
 
