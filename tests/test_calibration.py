@@ -278,7 +278,7 @@ def test_norms_of_gaussian_vectors_have_uniform_p_values() -> None:
     assert wrong.refuted
     assert not wrong.trusted(1.0)
     assert "do not use" in wrong.describe()
-    assert "right within" in found.describe()
+    assert "shown to be right within" in found.describe()
 
 
 def test_fitted_law_finds_the_effective_dimension() -> None:

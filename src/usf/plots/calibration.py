@@ -43,7 +43,7 @@ def pit(
     Raises:
         CalibrationError: values outside [0, 1], not finite, or none.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
     edges = np.linspace(0, 1, bins + 1)
     fewest = min(np.size(values) for values in samples.values())
     low, high = stats.binom(fewest, 1 / bins).interval(confidence)
@@ -78,7 +78,7 @@ def realised_rates(
         confidence: of the threshold, see :func:`usf.calibration.tail_rank`.
         bins: of the histograms.
     """
-    figure, axes = plt.subplots(1, len(rates), figsize=(3.0 * len(rates), 2.9), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(1, len(rates), figsize=(2.7 * len(rates), 2.8), squeeze=False, sharex=True)
     top = max(float(np.quantile(np.asarray(values), 0.999)) for values in rates.values())
     edges, grid = np.linspace(0, top, bins + 1), np.linspace(0, top, 400)[1:]
     for axis, (n, values) in zip(axes[0], rates.items(), strict=True):
@@ -108,7 +108,7 @@ def false_alarm_rates(
         bands: title -> (lowest, highest) rate that chance alone explains for a method that keeps its promise, (k,).
     """
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.1 * len(panels) + 0.4, 3.5), squeeze=False, sharex=True, sharey=True
+        1, len(panels), figsize=(2.6 * len(panels) + 0.4, 3.4), squeeze=False, sharex=True, sharey=True
     )
     seen: list[str] = []
     style = {}
@@ -139,7 +139,7 @@ def p_values(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], *, bins: int = 2
         panels: title -> (p-values of normal parts, p-values of anomalous parts).
         bins: in [0, 1].
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels) + 0.3, 3.0), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 0.3, 2.8), squeeze=False, sharey=True)
     edges = np.linspace(0, 1, bins + 1)
     for axis, (title, (normal, anomalous)) in zip(axes[0], panels.items(), strict=True):
         _histogram(axis, np.asarray(normal), edges, COLORS["normal"], fill=True, alpha=0.6, label="normal")
