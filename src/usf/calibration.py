@@ -505,7 +505,8 @@ class Agreement:
         interval += f"{self.high:.3f}] with confidence {self.confidence:g}"
         if self.refuted:
             return f"refuted (p = {self.p_value:.2g}; {interval}): do not use analytic p-values"
-        return f"not refuted (p = {self.p_value:.2g}; {interval}): analytic p-values are shown to be right within {self.high:.2g}"
+        shown = f"analytic p-values are shown to be right within {self.high:.2g}"
+        return f"not refuted (p = {self.p_value:.2g}; {interval}): {shown}"
 
 
 def agreement(pit: ArrayLike, *, confidence: float = 0.95) -> Agreement:
