@@ -1,17 +1,18 @@
-"""Folders of images in MVTec layout, checked before anything is trained on them.
+"""Folders of images, checked before anything is trained on them.
 
-``CLASS/train/good/*.png``, ``CLASS/test/DEFECT/*.png``, ``CLASS/ground_truth/DEFECT/*_mask.png``; ``test/good`` holds
-the normal test images, which have no mask. Every problem is an :class:`ImageFolderError` that names the file and the
-remedy.
+MVTec layout: ``CLASS/train/good/*.png``, ``CLASS/test/DEFECT/*.png``, ``CLASS/ground_truth/DEFECT/*_mask.png``;
+``test/good`` holds the normal test images, which have no mask. VisA also comes with a split file of its own. A class of
+MVTec AD or VisA must be complete. Every problem is an :class:`ImageFolderError` that names the file and the remedy.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from usf import paths
+from usf.study import catalogue
+from usf.study.catalogue import Counts, Dataset, ImageFolderError
+
+if TYPE_CHECKING:
+    from anomalib.data import AnomalibDataModule
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -30,12 +36,14 @@ __all__ = [
     "ImageFolderError",
     "Manifest",
     "Sample",
+    "datamodule",
     "find",
     "hold_out",
     "load_images",
     "load_masks",
     "normalise",
     "read",
+    "read_class",
 ]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -44,16 +52,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LAYOUT = "CLASS/train/good/*.png, CLASS/test/DEFECT/*.png, CLASS/ground_truth/DEFECT/*_mask.png"
 
-# First match on any folder name above the class wins.
+# Beginnings of folder names, beside those of the catalogue.
 SOURCES: tuple[tuple[str, str], ...] = (
-    ("mvtec_ad", "MVTec AD (Bergmann et al., 2019), CC BY-NC-SA 4.0"),
     ("hazelnut_toy", "anomalib's hazelnut_toy, CC BY 4.0"),
     ("textures", "the built-in set of procedural textures"),
 )
-
-
-class ImageFolderError(ValueError):
-    """A folder of images that cannot be used as it is; the message names the file and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,13 @@ class Sample:
         path: the image.
         defect: name of its folder; ``"good"`` for a normal one.
         mask: ground truth of an anomalous image, where the folder has one.
+        threshold: what is above it in a mask is anomalous: 127, or 0 where a mask numbers the kinds of defect.
     """
 
     path: Path
     defect: str
     mask: Path | None = None
+    threshold: int = 127
 
     @property
     def anomalous(self) -> bool:
@@ -121,6 +126,12 @@ class ImageFolder:
     def has_masks(self) -> bool:
         """Whether every anomalous test image has a mask, which pixel-level numbers need."""
         return all(sample.mask is not None for sample in self.test if sample.anomalous)
+
+    @property
+    def counts(self) -> Counts:
+        """How many images there are to train and to test on."""
+        bad = int(self.labels.sum())
+        return Counts(len(self.train), len(self.test) - bad, bad)
 
     @property
     def labels(self) -> NDArray[np.bool_]:
@@ -210,25 +221,43 @@ def _manifest(root: Path, parts: Iterable[tuple[str, Path]]) -> Manifest:
     return Manifest(counts, total.hexdigest())
 
 
-def _source(root: Path) -> str:
+def _recognise(root: Path) -> tuple[str, Dataset | None]:
+    """(what captions say, dataset of the catalogue), from the names of the class folder and those above it."""
     for folder in (root, *root.parents):
+        name = folder.name.lower()
         for prefix, text in SOURCES:
-            if folder.name.lower().startswith(prefix):
-                return text
-    return "a folder of the reader's (licence not stated)"
+            if name.startswith(prefix):
+                return text, None
+        for known in catalogue.DATASETS.values():
+            if name.startswith(known.folders):
+                return known.title, known
+    return "a folder of the reader's (licence not stated)", None
+
+
+def _check_counts(found: ImageFolder, known: Dataset) -> ImageFolder:
+    expected = known.counts(found.name)
+    if found.counts != expected:
+        raise ImageFolderError(
+            f"{found.root} holds {found.counts}, but {known.name}'s {found.name} has {expected}: the folder is not "
+            "complete, or not that class; unpack the archive again, or keep images of your own under another name"
+        )
+    return found
 
 
 def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -> ImageFolder:
     """Read and check a folder in MVTec layout: every file is decoded once, every mask compared with its image.
 
+    A class of MVTec AD or VisA, recognised by its name and that of a folder above it, must be complete.
+
     Args:
         folder: the folder of a class, or one that holds exactly one class.
         masks: whether every anomalous test image must have a mask.
-        source: what captions say; by default recognised from the folder's name.
+        source: what captions say; by default recognised from the folders' names.
 
     Raises:
         ImageFolderError: a missing or empty folder, no normal training image, no anomalous or no normal test image, a
-            file that is not an image or is truncated, a mask that is missing, empty, or of another size than its image.
+            file that is not an image or is truncated, a mask that is missing, empty, or of another size than its image,
+            a class of a known dataset with another number of images.
     """
     root = _class_folder(Path(folder).expanduser().resolve())
     train_folder, test_folder = root / "train" / "good", root / "test"
@@ -260,6 +289,13 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
         if not present:
             raise ImageFolderError(f"{test_folder} has no {kind_name} image: put some into {wanted}")
 
+    recognised, known = _recognise(root)
+    found = _checked(root, train, samples, masks, source or recognised)
+    return _check_counts(found, known) if known is not None and root.name in known.classes else found
+
+
+def _checked(root: Path, train: Sequence[Path], samples: Sequence[Sample], masks: bool, source: str) -> ImageFolder:
+    """Decode everything, and compare masks with images."""
     for path in train:
         _check_decodes(path)
     for sample in samples:
@@ -279,15 +315,121 @@ def read(folder: str | Path, *, masks: bool = True, source: str | None = None) -
                 f"{sample.mask} has {mask_size[0]}x{mask_size[1]} pixels, its image {size[0]}x{size[1]}: "
                 "masks must have the size of their image"
             )
-        if not _mask_array(sample.mask).any():
+        if not _mask_array(sample).any():
             raise ImageFolderError(
-                f"{sample.mask} marks no pixel: an anomalous image needs a mask with values above 127"
+                f"{sample.mask} marks no pixel: an anomalous image needs a mask with values above {sample.threshold}"
             )
-
     parts = [("train/good", path) for path in train]
     parts += [(f"test/{sample.defect}", sample.path) for sample in samples]
     parts += [("masks", sample.mask) for sample in samples if sample.mask is not None]
-    return ImageFolder(root, tuple(train), tuple(samples), _manifest(root, parts), source or _source(root))
+    return ImageFolder(root, tuple(train), tuple(samples), _manifest(root, parts), source)
+
+
+VISA_SPLIT = ("split_csv", "1cls.csv")
+
+
+def _read_visa(root: Path, category: str, masks: bool) -> ImageFolder:
+    """A class of VisA as it is published, by its split file."""
+    split = root.joinpath(*VISA_SPLIT)
+    train: list[Path] = []
+    samples: list[Sample] = []
+
+    def file(name: str) -> Path:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ImageFolderError(f"{split}, line {number}: {name} is outside of {root}; unpack the archive again")
+        if not path.is_file():
+            raise ImageFolderError(f"{path} is missing, which {split} lists in line {number}: unpack the archive again")
+        return path
+
+    with split.open(newline="", encoding="utf8") as stream:
+        rows = csv.DictReader(stream)
+        if missing := {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ()):
+            raise ImageFolderError(f"{split} has no column {', '.join(sorted(missing))}: it is not VisA's split file")
+        for number, row in enumerate(rows, start=2):
+            if row["object"] != category:
+                continue
+            part = (row["split"], row["label"])
+            if part == ("train", "normal"):
+                train.append(file(row["image"]))
+            elif part == ("test", "normal"):
+                samples.append(Sample(file(row["image"]), "good"))
+            elif part == ("test", "anomaly"):
+                # VisA's masks hold the number of the defect's kind.
+                mask = file(row["mask"]) if row["mask"] else None
+                samples.append(Sample(file(row["image"]), "bad", mask, threshold=0))
+            else:
+                raise ImageFolderError(f"{split}, line {number}: split and label {' '.join(part)} are not VisA's")
+    samples.sort(key=lambda sample: (sample.anomalous, sample.path.name))
+    return _checked(root / category, sorted(train), samples, masks, catalogue.VISA.title)
+
+
+def read_class(dataset: str, root: str | Path, category: str, *, masks: bool = True) -> ImageFolder:
+    """Read and check a class of MVTec AD or VisA, which must be complete.
+
+    Args:
+        dataset: ``"mvtec"`` or ``"visa"``.
+        root: the folder with all classes: as published, or as anomalib leaves it (``visa_pytorch/`` for VisA).
+        category: the class.
+        masks: see :func:`read`.
+
+    Raises:
+        ImageFolderError: an unknown dataset or class (with the nearest name), an archive with a wrong hash beside the
+            classes, another number of images than was published, and everything that :func:`read` refuses.
+
+    >>> read_class("mvtec", ".", "bottel")
+    Traceback (most recent call last):
+    ...
+    usf.study.catalogue.ImageFolderError: MVTec AD has no class 'bottel': did you mean 'bottle'? There are bottle, ...
+    """
+    known = catalogue.dataset(dataset)
+    known.counts(category)
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir():
+        raise ImageFolderError(f"{root} is not a folder: pass the one that holds the classes of {known.name}")
+    known.check_archive(root)
+    for folder in (root / category, root / "visa_pytorch" / category):
+        if (folder / "train").is_dir():
+            found = read(folder, masks=masks, source=known.title)
+            break
+    else:
+        if known is not catalogue.VISA or not root.joinpath(*VISA_SPLIT).is_file():
+            present = ", ".join(folder.name for folder in _subfolders(root)) or "nothing"
+            raise ImageFolderError(
+                f"{root} has no class {category} (it holds {present}): pass the folder with the classes of "
+                f"{known.name}, or let anomalib fetch them with datamodule(..., download=True)"
+            )
+        found = _read_visa(root, category, masks)
+    return _check_counts(found, known)
+
+
+def datamodule(
+    dataset: str, root: str | Path, category: str, *, download: bool = False, **settings: Any
+) -> AnomalibDataModule:
+    """anomalib's datamodule of a class, after the checks of :func:`read_class`: what it would find out while it trains,
+    or not at all.
+
+    Args:
+        dataset, root, category: see :func:`read_class`.
+        download: let anomalib fetch and unpack what is missing, gigabytes of it.
+        settings: the datamodule's, e.g. ``train_batch_size``. Its validation images are the test images unless
+            ``val_split_mode`` says otherwise.
+
+    Raises:
+        ImageFolderError: see :func:`read_class`.
+    """
+    known = catalogue.dataset(dataset)
+    known.counts(category)
+    folder = Path(root).expanduser().resolve()
+    # Before anomalib sees it: an archive that it refused once it accepts the second time.
+    known.check_archive(folder)
+    from anomalib.data import MVTecAD, Visa
+
+    module = (Visa if known is catalogue.VISA else MVTecAD)(root=folder, category=category, **settings)
+    if download:
+        module.prepare_data()
+    read_class(dataset, folder, category)
+    return module
 
 
 def hold_out(files: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
@@ -331,9 +473,10 @@ def _rgb(path: Path) -> NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-def _mask_array(path: Path) -> NDArray[np.bool_]:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L")) > 127
+def _mask_array(sample: Sample) -> NDArray[np.bool_]:
+    assert sample.mask is not None
+    with Image.open(sample.mask) as image:
+        return np.asarray(image.convert("L")) > sample.threshold
 
 
 def load_images(files: Sequence[Path], size: int) -> Tensor:
@@ -363,7 +506,7 @@ def load_masks(samples: Sequence[Sample], size: int) -> NDArray[np.bool_]:
             continue
         if sample.mask is None:
             raise ImageFolderError(f"{sample.path} has no mask")
-        mask = torch.from_numpy(_mask_array(sample.mask))[None, None].float()
+        mask = torch.from_numpy(_mask_array(sample))[None, None].float()
         out[index] = F.interpolate(mask, size=(size, size), mode="nearest")[0, 0].numpy() > 0.5
     return out
 
