@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 
 from usf import paths
 from usf.plots import images as figures
-from usf.study import images
+from usf.study import catalogue, images
+from usf.study.catalogue import Counts
 from usf.study.detection import FitHistory
-from usf.study.images import ImageFolderError, read
+from usf.study.images import ImageFolderError, datamodule, read, read_class
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -198,6 +202,220 @@ def test_real_images_are_found_and_named() -> None:
     assert (found.name, len(found.train), len(found.test)) == ("bottle", 209, 83)
     assert "MVTec AD" in found.describe()
     assert "CC BY-NC-SA 4.0" in found.describe()
+
+
+@pytest.mark.skipif(paths.shared("images", "mvtec_ad_256", "pill") is None, reason="no real images under ../shared")
+def test_real_classes_are_complete_and_the_toy_is_a_dataset_of_its_own() -> None:
+    root = paths.shared("images", "mvtec_ad_256")
+    assert root is not None
+    pill = read_class("mvtec", root, "pill")
+    assert pill.counts == catalogue.MVTEC_AD.counts("pill") == Counts(267, 26, 141)
+    assert pill.manifest == read(root / "pill").manifest
+    toy = paths.shared("images", "hazelnut_toy_256", "hazelnut")
+    assert toy is not None
+    assert read(toy).counts == Counts(28, 6, 17), "not MVTec AD's hazelnut, which has 391 training images"
+
+
+# --- known datasets ---------------------------------------------------------------------------------------------------
+
+
+def test_catalogue_is_what_was_published() -> None:
+    mvtec, visa = catalogue.MVTEC_AD.classes.values(), catalogue.VISA.classes.values()
+    assert (len(mvtec), sum(c.train for c in mvtec), sum(c.good + c.bad for c in mvtec)) == (15, 3629, 1725)
+    assert (len(visa), sum(c.train for c in visa), sum(c.good + c.bad for c in visa)) == (12, 8659, 2162)
+    assert {c.bad for c in visa} == {100}
+
+
+def test_catalogue_agrees_with_anomalib() -> None:
+    pytest.importorskip("anomalib", reason="needs the detectors extra")
+    from anomalib.data.datamodules.image import mvtecad
+    from anomalib.data.datamodules.image import visa as stock
+
+    assert set(catalogue.VISA.classes) == set(stock.VISA_CATEGORIES)
+    for known, theirs in ((catalogue.MVTEC_AD, mvtecad.DOWNLOAD_INFO), (catalogue.VISA, stock.DOWNLOAD_INFO)):
+        assert theirs.hashsum == known.sha256
+        assert theirs.url.endswith(f"/{known.archive}")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both datasets with classes as small as the fixtures here."""
+    sizes = {"MVTEC_AD": Counts(3, 2, 4), "VISA": Counts(3, 2, 2)}
+    for name, counts in sizes.items():
+        classes = MappingProxyType({"widget": counts, "gadget": counts})
+        monkeypatch.setattr(catalogue, name, dataclasses.replace(getattr(catalogue, name), classes=classes))
+    both = {known.key: known for known in (catalogue.MVTEC_AD, catalogue.VISA)}
+    monkeypatch.setattr(catalogue, "DATASETS", MappingProxyType(both))
+
+
+@pytest.fixture
+def mvtec(folder: Path, tiny: None) -> Path:
+    """A root of MVTec AD with one class, complete."""
+    root = folder.parent / "MVTecAD"
+    root.mkdir()
+    shutil.move(folder, root / "widget")
+    return root
+
+
+@pytest.fixture
+def visa(tmp_path: Path, tiny: None) -> Path:
+    """VisA as published, with one class, 16 x 12 pixels; masks number the kind of defect."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "VisA"
+    rows = []
+    for split, label, count in (("train", "normal", 3), ("test", "normal", 2), ("test", "anomaly", 2)):
+        for index in range(count):
+            stem = f"{split}{index:03d}"
+            image, mask = f"widget/Data/Images/{label.capitalize()}/{stem}.JPG", ""
+            save(root / image, rng.integers(0, 256, (12, 16, 3)))
+            if label == "anomaly":
+                mask = f"widget/Data/Masks/Anomaly/{stem}.png"
+                pixels = np.zeros((12, 16))
+                pixels[2:5, 3:8] = 1 + index
+                save(root / mask, pixels)
+            rows.append(["widget", split, label, image, mask])
+    rows.append(["gadget", "train", "normal", "gadget/Data/Images/Normal/000.JPG", ""])  # of no concern to the widget
+    write_split(root, rows)
+    return root
+
+
+def write_split(root: Path, rows: list[list[str]], header: str = "object split label image mask") -> None:
+    (root / "split_csv").mkdir(exist_ok=True)
+    with (root / "split_csv" / "1cls.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([header.split(), *rows])
+
+
+def read_split(root: Path) -> list[list[str]]:
+    with (root / "split_csv" / "1cls.csv").open(newline="") as stream:
+        return list(csv.reader(stream))[1:]
+
+
+def test_published_visa_is_read_by_its_split(visa: Path) -> None:
+    found = read_class("visa", visa, "widget")
+    assert found.counts == Counts(3, 2, 2)
+    assert found.name == "widget"
+    assert found.defects == ("bad",)
+    assert "VisA (Zou et al., 2022), CC BY 4.0" in found.describe()
+    assert found.manifest.counts == {"train/good": 3, "test/good": 2, "test/bad": 2, "masks": 2}
+    masks = images.load_masks(found.test, 12)
+    assert masks[2:].any(axis=(1, 2)).all(), "a mask of ones is a mask"
+    assert not masks[:2].any()
+
+
+def test_visa_as_anomalib_leaves_it_is_the_same_class(visa: Path) -> None:
+    pytest.importorskip("anomalib", reason="needs the detectors extra")
+    published = read_class("visa", visa, "widget")
+    rows = [row for row in read_split(visa) if row[0] == "widget"]
+    for name, split, label, image, mask in rows:
+        kind = "good" if label == "normal" else "bad"
+        target = visa / "visa_pytorch" / name / split / kind / Path(image).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(visa / image, target)
+        if mask:
+            with Image.open(visa / mask) as pixels:
+                marked = (np.asarray(pixels) > 0) * 255
+            save(visa / "visa_pytorch" / name / "ground_truth" / "bad" / Path(mask).name, marked)
+    prepared = read_class("visa", visa, "widget")
+    assert prepared.root == visa / "visa_pytorch" / "widget"
+    assert prepared.counts == published.counts
+    assert np.array_equal(images.load_masks(prepared.test, 12), images.load_masks(published.test, 12))
+    module = datamodule("visa", visa, "widget", train_batch_size=2, num_workers=0)
+    module.setup()
+    assert [Path(path).name for path in module.train_data.samples.image_path] == [path.name for path in prepared.train]
+
+
+def _rewrite(change: Callable[[list[list[str]]], object]) -> Callable[[Path], object]:
+    def breaking(root: Path) -> None:
+        rows = read_split(root)
+        change(rows)
+        write_split(root, rows)
+
+    return breaking
+
+
+VISA_BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "listed image is missing": (
+        lambda root: (root / "widget/Data/Images/Normal/train001.JPG").unlink(),
+        r"train001.JPG is missing, which .*1cls.csv lists in line 3: unpack",
+    ),
+    "fewer rows": (_rewrite(lambda rows: rows.pop(0)), "holds 2 training, 2 normal.* VisA's widget has 3 training"),
+    "no split file": (lambda root: (root / "split_csv/1cls.csv").unlink(), "has no class widget .it holds split_csv"),
+    "other columns": (lambda root: write_split(root, [], "a b c d e"), "has no column image, label"),
+    "anomalous training image": (_rewrite(lambda rows: rows[0].__setitem__(2, "anomaly")), "line 2: split and label"),
+    "path outside": (_rewrite(lambda rows: rows[0].__setitem__(3, "../../x.JPG")), "line 2: ../../x.JPG is outside"),
+    "truncated image": (
+        lambda root: (root / "widget/Data/Images/Normal/test000.JPG").write_bytes(b"\xff\xd8\xff\xe0"),
+        "test000.JPG cannot be decoded",
+    ),
+    "mask of another size": (
+        lambda root: save(root / "widget/Data/Masks/Anomaly/test000.png", np.ones((16, 12))),
+        "test000.png has 12x16 pixels, its image 16x12",
+    ),
+    "empty mask": (
+        lambda root: save(root / "widget/Data/Masks/Anomaly/test000.png", np.zeros((12, 16))),
+        "marks no pixel: .* above 0",
+    ),
+    "no mask": (_rewrite(lambda rows: rows[5].__setitem__(4, "")), "test000.JPG has no mask"),
+}
+
+
+@pytest.mark.parametrize("case", list(VISA_BROKEN))
+def test_broken_visa_is_refused_by_name(visa: Path, case: str) -> None:
+    breaking, message = VISA_BROKEN[case]
+    breaking(visa)
+    with pytest.raises(ImageFolderError, match=message):
+        read_class("visa", visa, "widget")
+
+
+def test_partial_class_is_refused_however_it_is_reached(mvtec: Path) -> None:
+    assert read_class("mvtec", mvtec, "widget").counts == Counts(3, 2, 4)
+    assert "MVTec AD" in read(mvtec / "widget").describe()
+    (mvtec / "widget" / "train" / "good" / "002.png").unlink()
+    message = "holds 2 training, .* MVTec AD's widget has 3 training.* not complete.*unpack the archive again"
+    for reach in (
+        lambda: read_class("mvtec", mvtec, "widget"),
+        lambda: read(mvtec / "widget"),
+        lambda: datamodule("mvtec", mvtec, "widget"),
+    ):
+        with pytest.raises(ImageFolderError, match=message):
+            reach()
+    own = mvtec.parent / "mine"
+    shutil.copytree(mvtec / "widget", own / "widget")
+    assert read(own / "widget").counts.train == 2, "a class of the reader's may have any number"
+
+
+def test_unknown_names_suggest_the_nearest(mvtec: Path) -> None:
+    with pytest.raises(ImageFolderError, match="MVTec AD has no class 'widgte': did you mean 'widget'"):
+        read_class("mvtec", mvtec, "widgte")
+    with pytest.raises(ImageFolderError, match="unknown dataset 'mvtek': did you mean 'mvtec'"):
+        read_class("mvtek", mvtec, "widget")
+    with pytest.raises(ImageFolderError, match=r"has no class gadget .it holds widget.: .*download=True"):
+        read_class("mvtec", mvtec, "gadget")
+    with pytest.raises(ImageFolderError, match="is not a folder"):
+        read_class("mvtec", mvtec / "nowhere", "widget")
+
+
+def test_archive_with_a_wrong_hash_is_refused_every_time(tmp_path: Path, tiny: None) -> None:
+    pytest.importorskip("anomalib", reason="needs the detectors extra")
+    archive = tmp_path / catalogue.VISA.archive
+    archive.write_bytes(b"half an archive")
+    for _ in range(2):  # anomalib unpacks it the second time
+        with pytest.raises(ImageFolderError, match=r"VisA_20220922.tar has SHA-256 \w{64}, VisA has 2eb8.*delete"):
+            datamodule("visa", tmp_path, "widget", download=True)
+    assert archive.exists()
+
+
+def test_datamodule_is_anomalibs_after_the_checks(mvtec: Path) -> None:
+    pytest.importorskip("anomalib", reason="needs the detectors extra")
+    from anomalib.data import MVTecAD
+
+    module = datamodule("mvtec", mvtec, "widget", train_batch_size=2, num_workers=0)
+    assert isinstance(module, MVTecAD)
+    module.setup()
+    assert len(module.train_data) == 3
+    (mvtec / "widget" / "test" / "dent" / "001.png").write_text("hello")
+    with pytest.raises(ImageFolderError, match=r"001.png cannot be decoded"):
+        datamodule("mvtec", mvtec, "widget")
 
 
 # --- features ---------------------------------------------------------------------------------------------------------

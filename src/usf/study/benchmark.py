@@ -34,10 +34,11 @@ from usf import paths
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.study import detection, tables
+from usf.study.catalogue import DATASETS
 from usf.study.detection import Evaluation, FitHistory, NotFiniteError, Stopping
 from usf.study.features import Features, cache_key, extract
 from usf.study.grid import PAPER, VARIANTS, Variant, variants, whole_numbers
-from usf.study.images import ImageFolder, hold_out, load_masks, read
+from usf.study.images import ImageFolder, hold_out, load_masks, read, read_class
 from usf.study.metrics import average_precision, pixel_metrics
 from usf.study.profile import select
 from usf.study.records import git_revision, hardware, settings_hash
@@ -223,7 +224,8 @@ def find_images(dataset: str, category: str, images: str | Path | None = None, *
 
     Args:
         dataset, category: as in a record.
-        images: the folder of the class; ``None`` (or ``""``) to look for it.
+        images: the folder of the class, or for MVTec AD and VisA the one of all classes; ``None`` (or ``""``) to look
+            for it.
         small: of the built-in set, the first few images of every kind.
 
     Raises:
@@ -231,6 +233,8 @@ def find_images(dataset: str, category: str, images: str | Path | None = None, *
         ImageFolderError: a folder that cannot be used as it is.
     """
     if images:
+        if dataset in DATASETS and not (Path(images) / "train").is_dir():
+            return read_class(dataset, images, category)
         return read(images)
     if dataset == "textures":
         from usf.study import textures
