@@ -36,7 +36,7 @@ from usf.study.profile import select
 if TYPE_CHECKING:
     from usf.detectors.model import DetectorModel
 
-__all__ = ["Scores", "Settings", "f1_threshold", "fold_indices", "load", "measure", "run", "subset"]
+__all__ = ["Scores", "Settings", "f1_threshold", "fold_indices", "load", "measure", "run"]
 
 Array = NDArray[np.float64]
 
@@ -97,11 +97,6 @@ class Scores:
     held_out: Array
     normal: Array
     anomalous: Array
-
-
-def subset(features: Features, index: NDArray[np.intp]) -> Features:
-    """The features of some images."""
-    return Features(tuple(features.batch(torch.as_tensor(index))))
 
 
 def fold_indices(count: int, folds: int, seed: int) -> list[NDArray[np.intp]]:
@@ -209,14 +204,14 @@ def run_class(options: Settings, name: str, folder: Path, run: str, *, progress:
             )
             history = detection.fit(
                 model,
-                subset(train, fit),
+                train.subset(fit.tolist()),
                 epochs=math.ceil(options.steps / math.ceil(len(fit) / options.batch_size)),
                 batch_size=options.batch_size,
                 seed=options.seed + fold,
                 progress=progress,
                 label=f"{name}, fold {fold}",
             )
-            measured = measure(model, subset(train, fit), subset(train, held), test, images.labels)
+            measured = measure(model, train.subset(fit.tolist()), train.subset(held.tolist()), test, images.labels)
             row |= {"status": "ok", "epochs": history.epochs, "steps": history.steps, "loss": history.train[-1]}
             for score, values in measured.items():
                 kept[score] = {part: getattr(values, part).tolist() for part in PARTS}
