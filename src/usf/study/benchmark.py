@@ -33,7 +33,7 @@ import torch
 from usf import paths
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
-from usf.study import detection, tables
+from usf.study import detection, schema
 from usf.study.catalogue import DATASETS
 from usf.study.detection import Evaluation, FitHistory, NotFiniteError, Stopping
 from usf.study.features import Features, cache_key, extract
@@ -42,7 +42,7 @@ from usf.study.images import ImageFolder, hold_out, load_masks, read, read_class
 from usf.study.metrics import average_precision, pixel_metrics
 from usf.study.profile import select
 from usf.study.records import git_revision, hardware, settings_hash
-from usf.study.tables import Record
+from usf.study.schema import Record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Cell:
 
     Attributes:
         dataset, category, detector, profile, backbone, size, epochs, diagonal, global_scale, match_parameters,
-            train_layer_norm, loss: as the columns of :class:`usf.study.tables.Record`.
+            train_layer_norm, loss: as the columns of :class:`usf.study.schema.Record`.
         variants: couplings and mixings.
         seeds: one training each, of every variant.
         layers: stages of a ResNet.
@@ -84,7 +84,7 @@ class Cell:
     dataset: str
     category: str
     detector: detection.Detector
-    profile: tables.Profile
+    profile: schema.Profile
     variants: tuple[Variant, ...] = PAPER
     seeds: tuple[int, ...] = (0, 1, 2)
     backbone: str = "resnet18"
@@ -93,16 +93,16 @@ class Cell:
     epochs: int = 100
     batch_size: int = 32
     lr: float | None = None
-    diagonal: tables.Diagonal = "fixed"
+    diagonal: schema.Diagonal = "fixed"
     global_scale: bool = True
     match_parameters: bool = False
     train_layer_norm: bool = True
-    loss: tables.Loss = "anomalib"
-    scores: tuple[tables.Score, ...] = ("norm", "log_prob", "anomalib")
+    loss: schema.Loss = "anomalib"
+    scores: tuple[schema.Score, ...] = ("norm", "log_prob", "anomalib")
     stopping: Stopping = "fixed"
     patience: int = 3
     val_share: float = 0.0
-    watch_score: tables.Score = "anomalib"
+    watch_score: schema.Score = "anomalib"
     trace: tuple[int, ...] = ()
     score_batch: int = 32
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -112,11 +112,11 @@ class Cell:
     def __post_init__(self) -> None:
         if not self.variants or not self.seeds or not self.scores:
             raise ValueError("a cell needs at least one variant, one seed and one score")
-        for name, allowed in (("stopping", Stopping), ("loss", tables.Loss), ("profile", tables.Profile)):
+        for name, allowed in (("stopping", Stopping), ("loss", schema.Loss), ("profile", schema.Profile)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(allowed))}")
-        if unknown := set(self.scores) - set(get_args(tables.Score)):
-            raise ValueError(f"scores: {', '.join(sorted(unknown))} unknown, choose among {get_args(tables.Score)}")
+        if unknown := set(self.scores) - set(get_args(schema.Score)):
+            raise ValueError(f"scores: {', '.join(sorted(unknown))} unknown, choose among {get_args(schema.Score)}")
         if self.detector not in detection.MODELS:
             raise ValueError(f"detector={self.detector!r}: choose one of {', '.join(detection.MODELS)}")
         if self.stopping == "normal" and not self.val_share:
@@ -146,7 +146,7 @@ class Cell:
         }
 
     @property
-    def protocol(self) -> tables.Protocol:
+    def protocol(self) -> schema.Protocol:
         """Of the rows that are scored after training."""
         return "paper" if self.stopping == "paper" else "main"
 
@@ -168,7 +168,7 @@ class Outcome:
     records: tuple[Record, ...]
     resumed: bool = False
     history: FitHistory | None = None
-    evaluations: Mapping[tables.Score, Evaluation] = dataclasses.field(default_factory=dict)
+    evaluations: Mapping[schema.Score, Evaluation] = dataclasses.field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -201,11 +201,11 @@ def cell(
         "cflow": {"backbone": "wide_resnet50_2", "layers": ("layer2", "layer3", "layer4"), "size": 256},
         "uflow": {"backbone": "mcait", "layers": backbones.LAYERS, "size": 448},
     }
-    epochs = {"fastflow": 20, "cflow": 2, "uflow": 20}[detector]
+    epochs = {"fastflow": 8, "cflow": 2, "uflow": 8}[detector]
     settings = select(
         profile,
         smoke={**trunk, **whole, "size": 64, "epochs": 1, "batch_size": 8, "train_images": 12, "per_kind": 2},
-        book={**trunk, **whole, "size": 128, "epochs": epochs, "batch_size": 16},
+        book={**trunk, **whole, "size": 128, "epochs": epochs, "batch_size": 8},
         full={**paper[detector], **whole, "epochs": 100, "batch_size": 32, "stopping": "normal", "val_share": 0.1},
     )
     return Cell(
@@ -377,10 +377,10 @@ class _Run:
 
     def known(self, variant: Variant, seed: int, retry_failed: bool) -> list[Record] | None:
         """The records of a training, where they are all on file; else ``None``."""
-        path = self.folder / tables.file_name(self.row(variant, seed))
+        path = self.folder / schema.file_name(self.row(variant, seed))
         if not path.is_file():
             return None
-        records = tables.read(path)
+        records = schema.read(path)
         main = {record.score: record for record in records if record.protocol == self.cell.protocol}
         if not set(self.cell.scores) <= set(main):
             return None
@@ -424,7 +424,7 @@ class _Run:
             training.fit(train, test)
         except Exception as error:  # whatever it is, the row says so, and the next model may do better
             training.fail(error)
-        tables.write_records(training.rows, self.folder, settings=self.settings)
+        schema.write_records(training.rows, self.folder, settings=self.settings)
         return Outcome(variant, seed, tuple(training.rows), False, training.finished, training.evaluations)
 
 
@@ -434,7 +434,7 @@ class _Training:
     def __init__(self, run: _Run, variant: Variant, seed: int, label: str) -> None:
         self.run, self.variant, self.seed, self.label = run, variant, seed, label
         self.rows: list[Record] = []
-        self.evaluations: dict[tables.Score, Evaluation] = {}
+        self.evaluations: dict[schema.Score, Evaluation] = {}
         self.finished: FitHistory | None = None
         self.history: FitHistory | None = None
         self.start = time.perf_counter()
@@ -517,8 +517,8 @@ class _Training:
         return None
 
     def score(
-        self, model: DetectorModel, test: Features, protocol: tables.Protocol, epoch: int, history: FitHistory
-    ) -> dict[tables.Score, Evaluation]:
+        self, model: DetectorModel, test: Features, protocol: schema.Protocol, epoch: int, history: FitHistory
+    ) -> dict[schema.Score, Evaluation]:
         """Score the test images in every way; one row each."""
         cell, images, masks = self.run.cell, self.run.images, self.run.masks
         start = time.perf_counter()
@@ -563,7 +563,7 @@ class _Training:
     def failure(self, error: Exception, **values: Any) -> Record:
         """A row that says what went wrong."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return self.row(status="failed", error=text[: tables.ERROR_LENGTH], **values)
+        return self.row(status="failed", error=text[: schema.ERROR_LENGTH], **values)
 
     def fail(self, error: Exception) -> None:
         """Rows of a training that broke off; those of its trace stay."""
@@ -633,13 +633,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("detector", choices=list(detection.MODELS))
     parser.add_argument("--variants", nargs="+", default=["affine", "additive-lu"], help=", ".join(VARIANTS))
     parser.add_argument("--seeds", nargs="+", default=["0"], help="as in: 0 1 2, or 0-4")
-    parser.add_argument("--profile", default="book", choices=get_args(tables.Profile))
+    parser.add_argument("--profile", default="book", choices=get_args(schema.Profile))
     parser.add_argument("--images", help="folder of the class, in MVTec layout")
     parser.add_argument("--weights", help="a safetensors file, 'hub' or 'random'; by default what is found")
     parser.add_argument("--out", type=Path, help="folder of the records; by default build/benchmark/PROFILE/records")
     parser.add_argument("--cache", type=Path, help="folder of the feature cache; by default the user's")
     parser.add_argument("--no-cache", action="store_true", help="keep features in memory")
-    parser.add_argument("--device", choices=get_args(tables.Device))
+    parser.add_argument("--device", choices=get_args(schema.Device))
     parser.add_argument("--threads", type=int, help="of the processor")
     parser.add_argument("--retry-failed", action="store_true", help="train again what has failed before")
     parser.add_argument("--quiet", action="store_true", help="no bars")
@@ -648,10 +648,10 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--epochs", type=int)
     change.add_argument("--batch-size", type=int)
     change.add_argument("--lr", type=float)
-    change.add_argument("--loss", choices=get_args(tables.Loss))
+    change.add_argument("--loss", choices=get_args(schema.Loss))
     change.add_argument("--backbone", choices=list(backbones.BACKBONES))
     change.add_argument("--layers", nargs="+")
-    change.add_argument("--scores", nargs="+", choices=get_args(tables.Score))
+    change.add_argument("--scores", nargs="+", choices=get_args(schema.Score))
     change.add_argument("--stopping", choices=get_args(Stopping))
     change.add_argument("--patience", type=int)
     change.add_argument("--val-share", type=float)
@@ -661,7 +661,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--per-kind", type=int)
     for name in ("global-scale", "match-parameters", "train-layer-norm"):
         change.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-    change.add_argument("--diagonal", choices=get_args(tables.Diagonal))
+    change.add_argument("--diagonal", choices=get_args(schema.Diagonal))
     return parser
 
 
