@@ -6,10 +6,12 @@ JOBS ?= 2
 # Which chapters and tests `make test` runs; e.g. make test PYTEST_ARGS="-k packaging".
 PYTEST_ARGS ?=
 # The benchmark: smoke, book or full; a grid of usf.study.grid, or GRID/CELL for one cell of it (default: the profile's);
-# local or slurm; anything else for Snakemake, e.g. ARGS=--dry-run
+# local or slurm; folders of the data sets; anything else for Snakemake, e.g. ARGS=--dry-run
 PROFILE ?= smoke
 GRID ?=
 ENGINE ?= local
+MVTEC ?=
+VISA ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -62,7 +64,8 @@ $(WORKFLOW_STAMP): workflow/requirements.lock | $(BIN)/uv
 # The engine is itself a job: killed in whatever way, it leaves nothing running.
 benchmark: $(STAMP) $(WORKFLOW_STAMP) $(RUNS) ## the grid of trainings: make benchmark PROFILE=smoke|book|full
 	@$(BIN)/python -m usf.study.jobs -- $(WORKFLOW)/snakemake --snakefile workflow/Snakefile \
-	  --workflow-profile workflow/profiles/$(ENGINE) --config profile=$(PROFILE) $(if $(GRID),grid=$(GRID)) $(ARGS)
+	  --workflow-profile workflow/profiles/$(ENGINE) --config profile=$(PROFILE) \
+	  $(if $(GRID),grid=$(GRID)) $(if $(MVTEC),mvtec=$(MVTEC)) $(if $(VISA),visa=$(VISA)) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 # A cell that trains nothing: it keeps what book/runs/cell.md keeps (its lock, one record for each training, none of
 # them twice), and writes down when what was begun and ended.
-PARAMETERS = 'dataset = category = detector = variants = seeds = profile = folder = ""'
+PARAMETERS = 'dataset = category = detector = variants = seeds = profile = folder = root = ""'
 CELL = """
 import os
 import time

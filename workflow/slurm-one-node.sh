@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A SLURM cluster of one node on this machine, for the time of one command:
 #
-#   workflow/slurm-one-node.sh COMMAND...     e.g. workflow/slurm-one-node.sh make benchmark PROFILE=smoke ENGINE=slurm
+#   workflow/slurm-one-node.sh COMMAND...
 #
 # From Debian's packages (apt-get install slurm-wlm munge), as root, with all of its state in a temporary folder and
 # nothing left behind: no service, no file in /etc. GPUS=2 (the default) pretends two devices, so that what SLURM puts
@@ -76,6 +76,11 @@ NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {pr
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF="$state/slurm.conf"
+# Snakemake takes SLURM's variables away from its job steps, this one included; elsewhere the file lies in /etc.
+mkdir "$state/bin"
+printf '#!/bin/sh\nSLURM_CONF=%s exec %s "$@"\n' "$SLURM_CONF" "$(command -v srun)" > "$state/bin/srun"
+chmod +x "$state/bin/srun"
+export PATH="$state/bin:$PATH"
 
 start() { # program... : ends with this script, however that ends
   setpriv --pdeathsig KILL "$@" > "$state/$1.out" 2>&1 &
