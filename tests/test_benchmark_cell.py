@@ -199,6 +199,15 @@ def test_one_score_that_is_not_finite_does_not_take_the_others_along(
     assert "score log_prob: the score of image 2 is not finite" in failed.error
 
 
+def test_a_likelihood_that_is_not_finite_is_an_empty_cell(
+    images: ImageFolder, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detection, "nll", lambda *args, **kwargs: float("inf"))
+    cell = small(variants=(AFFINE,), val_share=0.34)
+    records = run_cell(cell, images, tmp_path, weights=weights, progress=False)
+    assert {(r.status, r.train_nll, r.val_nll) for r in records} == {("ok", None, None)}
+
+
 def test_trace_scores_on_the_way_and_changes_nothing(images: ImageFolder, weights: Weights, tmp_path: Path) -> None:
     plain = run_cell(small(variants=(USF,)), images, tmp_path / "plain", weights=weights, progress=False)
     traced = run_cell(

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import signal
 import sys
@@ -38,6 +39,7 @@ from usf.study.catalogue import DATASETS
 from usf.study.detection import Evaluation, FitHistory, NotFiniteError, Stopping
 from usf.study.features import Features, cache_key, extract
 from usf.study.grid import PAPER, VARIANTS, Variant, variants, whole_numbers
+from usf.study.grid import folder as profile_folder
 from usf.study.images import ImageFolder, hold_out, load_masks, read, read_class
 from usf.study.metrics import average_precision, pixel_metrics
 from usf.study.profile import select
@@ -497,7 +499,7 @@ class _Training:
         )
         self.history = history
         self.evaluations = self.score(model, test, cell.protocol, history.best_epoch, history)
-        train_nll = detection.nll(model, train)
+        train_nll = _finite(detection.nll(model, train))
         self.rows = [
             dataclasses.replace(row, train_nll=train_nll) if row.protocol == cell.protocol else row for row in self.rows
         ]
@@ -546,8 +548,8 @@ class _Training:
                 "epoch": epoch,
                 "image_auroc": result.image_auroc(images.labels),
                 "image_ap": average_precision(images.labels, result.scores),
-                "val_nll": history.val[epoch - 1] if history.val else None,
-                "log_det_std": result.log_det_std if not result.nonfinite else None,
+                "val_nll": _finite(history.val[epoch - 1]) if history.val else None,
+                "log_det_std": _finite(result.log_det_std),
             }
             if masks is not None:
                 pixels = pixel_metrics(masks, result.maps)
@@ -597,6 +599,11 @@ class _Memory:
             return None
         kilobytes = [float(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
         return kilobytes[0] * 1024 / 1e6 if kilobytes else None
+
+
+def _finite(value: float) -> float | None:
+    """A record has an empty cell where a number is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _layers(weights: Weights) -> str:
@@ -678,6 +685,8 @@ def _stop(number: int, frame: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exits with 1 where a training failed, with 143 when it is told to end."""
+    from usf.study.jobs import hold  # Linux's and macOS's alone, where everything else here runs anywhere
+
     parser = _parser()
     given = parser.parse_args(arguments)
     # As with Ctrl-C: what is half written is cleared away.
@@ -714,18 +723,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             note = " (on record)" if outcome.resumed else ""
             print(f"{outcome.variant.name} seed {outcome.seed}, {record.score}: {what}{note}", flush=True)
 
-    out = given.out or paths.build("benchmark", given.profile, "records")
-    records = run_cell(
-        chosen,
-        images,
-        out,
-        weights=weights,
-        cache=None if given.no_cache else given.cache or paths.cache("features"),
-        device=given.device,
-        retry_failed=given.retry_failed,
-        progress=not given.quiet,
-        on_outcome=report,
-    )
+    if given.out:
+        out, locks = given.out, given.out / ".locks"
+    else:  # where the notebook of a cell looks, too
+        where = profile_folder(given.profile)
+        out, locks = where / "records", where / "locks"
+    with hold(locks / f"{given.dataset}-{given.category}-{given.detector}.lock"):
+        records = run_cell(
+            chosen,
+            images,
+            out,
+            weights=weights,
+            cache=None if given.no_cache else given.cache or paths.cache("features"),
+            device=given.device,
+            retry_failed=given.retry_failed,
+            progress=not given.quiet,
+            on_outcome=report,
+        )
     return int(any(record.status == "failed" for record in records))
 
 
