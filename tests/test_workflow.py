@@ -51,7 +51,7 @@ def say(*words):
 
 
 with jobs.hold(where / "locks" / f"{cell.name}.lock"):
-    say("cell", cell.name, os.getpid())
+    say("cell", cell.name, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"])
     if os.environ.get("USF_TEST_FAIL") == detector:
         raise ValueError("no images of this class")
     for training in cell.trainings:
@@ -72,8 +72,8 @@ with jobs.hold(where / "locks" / f"{cell.name}.lock"):
 class Engine:
     """The engine on the stand-in cell, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, profile: str = "local") -> None:
+        self.folder, self.profile = folder, profile
         self.mark = uuid.uuid4().hex
         self.notebook = folder / "cell.ipynb"
         parameters = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
@@ -86,13 +86,15 @@ class Engine:
         settings = [f"folder={self.folder}", f"notebook={self.notebook}", "profile=smoke", *config.split()]
         return [
             sys.executable, "-m", "usf.study.jobs", "--", str(SNAKEMAKE), "--snakefile", "workflow/Snakefile",
-            "--workflow-profile", "workflow/profiles/local", "--cores", "2", "--directory", str(self.folder),
+            "--workflow-profile", f"workflow/profiles/{self.profile}", "--directory", str(self.folder),
+            *(["--cores", "2"] if self.profile == "local" else []),
             "--config", *settings, *([*more] if more else []),
         ]  # fmt: skip
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if k != jobs.CONTROLLER and not k.startswith("SLURM_")}
+        outer = [jobs.CONTROLLER, *(name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF")]
+        kept = {name: value for name, value in os.environ.items() if name not in outer}
         return kept | {"USF_TEST_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
 
     def start(self, **environment: str) -> subprocess.Popen[bytes]:
@@ -175,6 +177,28 @@ class Reader(threading.Thread):
             seen, self.reads = now, self.reads + 1
 
 
+def check_log(engine: Engine, trainings: int) -> list[list[str]]:
+    """Nothing lost: every training has its record. Nothing twice: what had its record was never begun again."""
+    assert len(engine.records()) == trainings
+    log = engine.log()
+    ends = Counter(line[1] for line in log if line[0] == "end")
+    # Killed between the record and the word about it, a training has the one and not the other.
+    assert set(ends) <= engine.records()
+    assert set(ends.values()) == {1}
+    finished: set[str] = set()
+    cells: dict[str, str] = {}
+    for word, name, pid, *_ in log:
+        if word == "cell":
+            cells[name] = pid
+        elif word == "begin":
+            assert name not in finished, f"{name} was trained again"
+            cell = next(cell for cell in cells if name.startswith(cell))
+            assert cells[cell] == pid, f"{cell} was trained by two processes at a time"
+        else:
+            finished.add(name)
+    return log
+
+
 def test_kill_and_resume(engine: Engine) -> None:
     """kill -9 of whatever runs, three times: nothing is lost, nothing is run twice, nobody is left behind."""
     trainings = len(grid.grid("textures").trainings)
@@ -215,25 +239,7 @@ def test_kill_and_resume(engine: Engine) -> None:
     assert reader.reads > 10
     assert not engine.alive()
 
-    # Nothing lost: every training has its record. Nothing twice: what had its record was never begun again.
-    assert len(engine.records()) == trainings
-    log = engine.log()
-    ends = Counter(line[1] for line in log if line[0] == "end")
-    assert set(ends) <= engine.records()
-    assert set(ends.values()) == {1}
-    finished: set[str] = set()
-    running: dict[str, str] = {}
-    cells: dict[str, str] = {}
-    for word, name, pid in log:
-        if word == "cell":
-            cells[name] = pid
-        elif word == "begin":
-            assert name not in finished, f"{name} was trained again"
-            running[name] = pid
-            cell = next(cell for cell in cells if name.startswith(cell))
-            assert cells[cell] == pid, f"{cell} was trained by two processes at a time"
-        else:
-            finished.add(name)
+    log = check_log(engine, trainings)
     for before in done:
         assert before <= engine.records()
 
@@ -261,6 +267,27 @@ def test_a_failed_cell_stops_no_other_and_stays_visible(engine: Engine) -> None:
     # The next run tries it again, and nothing else.
     plan = engine.run("--dry-run")
     assert re.findall(r"^Job \d+: (\S+):", plan.stdout, re.M) == ["textures-weave-uflow"]
+
+
+@pytest.mark.skipif("SLURM_CONF" not in os.environ, reason="needs SLURM: see workflow/slurm-one-node.sh")
+def test_kill_and_resume_on_slurm(tmp_path: Path) -> None:
+    """Jobs on a cluster outlive the engine. The next one waits for them and does what they left, and each has a GPU."""
+    engine = Engine(tmp_path, "slurm-one-node")
+    trainings = len(grid.grid("textures").trainings)
+    process = engine.start()
+    engine.until("end", 2)
+    process.kill()
+    process.communicate()
+    time.sleep(1)
+    assert engine.kernels(), "the cluster goes on"
+    done = engine.run()
+    assert done.returncode == 0, done.stdout
+    assert f"{trainings} ok" in done.stdout
+    log = check_log(engine, trainings)
+    devices = [line[3] for line in log if line[0] == "cell"]
+    assert set(devices) <= {"0", "1"}, "one device for each job, chosen by SLURM"
+    assert len(set(devices)) == 2, "two jobs side by side have different ones"
+    assert not engine.kernels()
 
 
 @pytest.mark.parametrize(("profile", "name"), [("full", "paper"), ("book", "shared")])
