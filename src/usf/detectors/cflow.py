@@ -25,7 +25,7 @@ from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
 from usf.detectors.export import Chain
-from usf.detectors.fibres import decode, decode_maps
+from usf.detectors.fibres import Decoder, decode, decode_maps
 from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 
@@ -174,7 +174,7 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
         """:meth:`losses`, each with the number of fibres that it is the mean of."""
         source = torch.device("cpu") if generator is None else generator.device
         for decoder, maps in zip(self.decoders, features, strict=True):
-            blocks = list(decoder.module_list)  # type: ignore[arg-type]
+            flow = Decoder(list(decoder.module_list))  # type: ignore[arg-type]
             channels, positions = maps.shape[1], maps.shape[2] * maps.shape[3]
             table = self.conditions(*maps.shape[2:])
             rows = maps.detach().permute(0, 2, 3, 1).reshape(-1, channels)
@@ -185,7 +185,7 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
                 start = step * self.fiber_batch_size
                 part = slice(start, start + self.fiber_batch_size if step < count - 1 else None)
                 with torch.enable_grad(), self._precision(rows):
-                    z, log_det = decode(blocks, rows.index_select(0, order[part]), table.index_select(0, where[part]))
+                    z, log_det = flow(rows.index_select(0, order[part]), table.index_select(0, where[part]))
                     log_prob = _log_prob(z.square().sum(dim=1), log_det, channels)
                     loss = -F.logsigmoid(log_prob) if self.loss_kind == "anomalib" else -log_prob
                     mean = loss.mean()

@@ -11,6 +11,7 @@ first layer that sees the condition, which is the same for all images, and each 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,38 @@ from torch.nn import functional as F
 
 from usf.detectors.coupling import SUBNET_SCALE, Block
 
-__all__ = ["decode", "decode_maps"]
+__all__ = ["Decoder", "decode", "decode_maps"]
+
+
+class Decoder:
+    """CFlow's flow for one feature map, ready to be called many times; see :func:`decode`.
+
+    Reads the blocks' modules once. Their parameters are the same tensors, so that training them is seen here; blocks
+    that are moved to another device need a new decoder.
+
+    Args:
+        blocks: with coupling networks Linear, ReLU, Linear; all with the same options.
+
+    Raises:
+        ValueError: another coupling network.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.plans = [_Plan.of(block) for block in blocks]
+        self.options = blocks[0].options
+        self.activation = blocks[0].global_scale_activation
+        self.raw_scales: list[Tensor] = [block.global_scale for block in blocks]
+        self.parameters: list[Tensor] = []
+        for block in blocks:
+            first, last = _layers(block)
+            self.parameters += [first.weight, first.bias, last.weight, last.bias, block.global_offset]
+            self.parameters += [] if block.lu is None else [block.lu.weight, block.lu.bias]
+
+    def __call__(self, x: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, C), conditions (n, P) -> (z (n, C), ln|det dz/dx| (n,), nats)."""
+        scales = self.activation(torch.cat(self.raw_scales)) if self.options.global_scale else None
+        z, log_det = _Decode.apply(self.plans, _network_type(x), x, conditions, scales, *self.parameters)
+        return z, log_det
 
 
 def decode(blocks: Sequence[Block], x: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,34 +61,14 @@ def decode(blocks: Sequence[Block], x: Tensor, conditions: Tensor) -> tuple[Tens
 
     For a uniformly scaling flow the log-determinants are one number, to the last bit. Under autocast the matrix
     products of the coupling networks are taken in its type, and everything else is left in that of ``x``.
-
-    Args:
-        blocks: with coupling networks Linear, ReLU, Linear; all with the same options.
-        x: vectors.
-        conditions: of each vector.
-
-    Raises:
-        ValueError: another coupling network.
     """
-    tensors: list[Tensor | None] = []
-    scales = _scales(blocks)
-    for block, scale in zip(blocks, scales, strict=True):
-        first, last = _layers(block)
-        lu = block.lu
-        tensors += [first.weight, first.bias, last.weight, last.bias, scale, block.global_offset]
-        tensors += [None, None] if lu is None else [lu.weight, lu.bias]
-    z, log_det = _Decode.apply(blocks, _network_type(x), x, conditions, *tensors)
-    return z, log_det
+    return Decoder(blocks)(x, conditions)
 
 
 def _network_type(x: Tensor) -> torch.dtype:
     """What the coupling networks' matrix products are taken in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-_PER_BLOCK = 8
-"""Tensors of a block: W1, b1, W2, b2, scale, offset, LU's weight and bias."""
 
 
 def _layers(block: Block) -> tuple[nn.Linear, nn.Linear]:
@@ -68,13 +80,44 @@ def _layers(block: Block) -> tuple[nn.Linear, nn.Linear]:
     raise ValueError(f"the coupling network must be Linear, ReLU, Linear, not {block.subnet}")
 
 
-def _scales(blocks: Sequence[Block]) -> Sequence[Tensor | None]:
-    """The channel scales of all blocks, each (1, C), computed at once; None where there are none."""
-    if not blocks[0].options.global_scale:
-        return [None] * len(blocks)
-    raw = torch.cat([block.global_scale for block in blocks])
-    scales: Tensor = blocks[0].global_scale_activation(raw)
-    return scales.split(1)
+class _Plan(NamedTuple):
+    """What a block does besides its parameters.
+
+    Attributes:
+        kept: channels of x1.
+        coupling, clamp: of the block.
+        order, back: the permutation and its inverse; None for a rotation.
+        rotation: (C, C); None for a permutation.
+        signs: of U's diagonal, (C,); None without LU.
+        learned: whether U's diagonal is.
+    """
+
+    kept: int
+    coupling: str
+    clamp: float
+    order: Tensor | None
+    back: Tensor | None
+    rotation: Tensor | None
+    signs: Tensor | None
+    learned: bool
+
+    @classmethod
+    def of(cls, block: Block) -> _Plan:
+        return cls(
+            kept=block.splits[0],
+            coupling=block.options.coupling,
+            clamp=block.clamp,
+            order=block.order if block.hard else None,
+            back=block.back if block.hard else None,
+            rotation=None if block.hard else block.w_perm,
+            signs=None if block.lu is None else block.lu.signs,
+            learned=block.options.diagonal == "learned",
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the block: W1, b1, W2, b2, offset, and LU's weight and bias."""
+        return 5 if self.signs is None else 7
 
 
 class _Tape(NamedTuple):
@@ -86,26 +129,26 @@ class _Tape(NamedTuple):
     hidden: Tensor
     squashed: Tensor | None
     grown: Tensor | None
-    x: Tensor
+    x2: Tensor
     coupled: Tensor
     shuffled: Tensor
-    mixed: Tensor | None
-    lower: Tensor | None
-    upper: Tensor | None
+    mixed: Tensor
+    lower: Tensor
+    upper: Tensor
 
 
-def _couple(block: Block, x2: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _couple(plan: _Plan, x2: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(second half of the channels, ln|det| (n,) or None for zero, tanh of the log-scale, x2's factor).
 
     ``a`` is the network's output, already scaled.
     """
-    if block.options.coupling == "additive":
+    if plan.coupling == "additive":
         return x2 + a, None, None, None
     half = x2.shape[-1]
     squashed = torch.tanh(a[..., :half])
-    log_scale = block.clamp * squashed
+    log_scale = squashed * plan.clamp
     local = None
-    if block.options.coupling == "gin":
+    if plan.coupling == "gin":
         log_scale -= log_scale.mean(dim=-1, keepdim=True)  # their sum is zero, and is not added up
     else:
         local = log_scale.sum(dim=-1)
@@ -114,145 +157,156 @@ def _couple(block: Block, x2: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None,
 
 
 def _forward(
-    block: Block, network_type: torch.dtype, x: Tensor, conditions: Tensor, tensors: Sequence[Any]
+    plan: _Plan, network_type: torch.dtype, x: Tensor, conditions: Tensor, scale: Tensor | None, own: Sequence[Any]
 ) -> tuple[Tensor, Tensor | None, _Tape]:
     """One block: x (n, C) -> (y, ln|det| (n,) of the coupling or None for zero, tape)."""
-    w1, b1, w2, b2, scale, offset, lu, lu_bias = tensors
-    k = block.splits[0]
-    joint = torch.cat((x[:, :k], conditions), dim=1)
+    w1, b1, w2, b2, offset = own[:5]
+    x1, x2 = x[:, : plan.kept], x[:, plan.kept :]
+    joint = torch.cat((x1, conditions), dim=1)
     if network_type != x.dtype:
         joint, w1, b1, w2, b2 = (tensor.to(network_type) for tensor in (joint, w1, b1, w2, b2))
     hidden = torch.addmm(b1, joint, w1.t()).relu_()
     a = torch.addmm(b2, hidden, w2.t(), beta=SUBNET_SCALE, alpha=SUBNET_SCALE)
     if network_type != x.dtype:
         a = a.to(x.dtype)
-    x2, local, squashed, grown = _couple(block, x[:, k:], a)
-    coupled = torch.cat((x[:, :k], x2), dim=1)
+    moved, local, squashed, grown = _couple(plan, x2, a)
+    coupled = torch.cat((x1, moved), dim=1)
     y = coupled + offset if scale is None else torch.addcmul(offset, coupled, scale)
-    y = y.index_select(1, block.order) if block.hard else y @ block.w_perm.t()
-    tape = _Tape(w1, w2, joint, hidden, squashed, grown, x, coupled, y, None, None, None)
-    if lu is not None:
+    y = _shuffle(y, plan.order, None if plan.rotation is None else plan.rotation.t())
+    shuffled = mixed = lower = upper = y
+    if plan.signs is not None:
         # M = LU = (1 + N)(D + S) with N, S strictly triangular; for few vectors the factors one by one cost less.
+        lu, bias = own[5:]
         lower, upper = lu.tril(-1), lu.triu(1)
-        mixed = torch.addmm(y * _diagonal(block, lu), y, upper.t())
-        tape = tape._replace(mixed=mixed, lower=lower, upper=upper)
-        y = torch.addmm(mixed, mixed, lower.t()).add_(lu_bias)
-    return y, local, tape
+        mixed = torch.addmm(shuffled * _diagonal(plan, lu), shuffled, upper.t())
+        y = torch.addmm(mixed, mixed, lower.t()).add_(bias)
+    return y, local, _Tape(w1, w2, joint, hidden, squashed, grown, x2, coupled, shuffled, mixed, lower, upper)
 
 
-def _diagonal(block: Block, lu: Tensor) -> Tensor:
+def _shuffle(x: Tensor, order: Tensor | None, rotation: Tensor | None) -> Tensor:
+    """The channels of x (n, C) in another order, or rotated."""
+    if order is not None:
+        return x.index_select(1, order)
+    assert rotation is not None
+    return x @ rotation
+
+
+def _diagonal(plan: _Plan, lu: Tensor) -> Tensor:
     """The diagonal of U, (C,)."""
-    assert block.lu is not None
-    return block.lu.signs * lu.diagonal().exp() if block.options.diagonal == "learned" else block.lu.signs
-
-
-def _constant(block: Block, scale: Tensor | None, lu: Tensor | None) -> Tensor | None:
-    """The part of ln|det| that is the same for all inputs, 0-dim; None for zero."""
-    total = None if scale is None else scale.log().sum()
-    if lu is not None and block.options.diagonal == "learned":
-        logs = lu.diagonal().sum()
-        total = logs if total is None else total + logs
-    return total
+    assert plan.signs is not None
+    return plan.signs * lu.diagonal().exp() if plan.learned else plan.signs
 
 
 def _backward(
-    block: Block, tape: _Tape, tensors: Sequence[Any], gy: Tensor, g_local: Tensor, g_constant: Tensor, need_x: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients at y -> gradients at x (None where not needed) and at the eight tensors."""
-    scale, _, lu, _ = tensors[4:]
-    k = block.splits[0]
-    g_lu = g_lu_bias = None
-    if lu is not None:
-        assert tape.mixed is not None
-        assert tape.lower is not None
-        assert tape.upper is not None
-        learned = block.options.diagonal == "learned"
-        diagonal = _diagonal(block, lu)
-        g_lu_bias = gy.sum(dim=0)
-        g_lu = (gy.t() @ tape.mixed).tril_(-1)
+    plan: _Plan,
+    tape: _Tape,
+    scale: Tensor | None,
+    own: Sequence[Any],
+    gy: Tensor,
+    g_local: Tensor,
+    g_constant: Tensor,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Gradients at y -> gradients at x (None where not needed), at the scale and at the block's own parameters.
+
+    ``g_local`` (n,) and ``g_constant``, its sum, are at ln|det|; the scale's share of it is left to the caller.
+    """
+    linear: list[Tensor] = []
+    if plan.signs is not None:
+        diagonal = _diagonal(plan, own[5])
+        g_lu = torch.mm(gy.t(), tape.mixed).tril_(-1)
         g_mixed = torch.addmm(gy, gy, tape.lower)
-        g_lu += (g_mixed.t() @ tape.shuffled).triu_(1)
-        if learned:
-            g_lu.diagonal().copy_((g_mixed * tape.shuffled).sum(dim=0) * diagonal + g_constant)
+        g_lu += torch.mm(g_mixed.t(), tape.shuffled).triu_(1)
+        if plan.learned:
+            g_lu.diagonal().copy_((g_mixed * tape.shuffled).sum(0) * diagonal + g_constant)
+        linear = [g_lu, gy.sum(0)]
         gy = torch.addmm(g_mixed * diagonal, g_mixed, tape.upper)
-    gy = gy.index_select(1, block.back) if block.hard else gy @ block.w_perm
-    g_offset = gy.sum(dim=0, keepdim=True)
-    g_scale = None
+    gy = _shuffle(gy, plan.back, plan.rotation)
+    g_offset, g_scale = gy.sum(0, keepdim=True), None
     if scale is not None:
-        g_scale = torch.addcdiv((gy * tape.coupled).sum(dim=0, keepdim=True), g_constant, scale)
+        g_scale = (gy * tape.coupled).sum(0)
         gy = gy * scale
-    g2 = gy[:, k:]
+    g1, g2 = gy[:, : plan.kept], gy[:, plan.kept :]
     if tape.squashed is None or tape.grown is None:
         ga, gx2 = g2 * SUBNET_SCALE, g2
     else:
         gx2 = g2 * tape.grown
-        g_log = gx2 * tape.x[:, k:]
-        if block.options.coupling == "gin":
+        g_log = gx2 * tape.x2
+        if plan.coupling == "gin":
             g_log -= g_log.mean(dim=1, keepdim=True)
         else:
             g_log += g_local[:, None]
-        slope = torch.addcmul(g_log, g_log, tape.squashed.square(), value=-1.0).mul_(block.clamp)
+        slope = torch.addcmul(g_log, g_log, tape.squashed.square(), value=-1.0).mul_(plan.clamp)
         ga = torch.cat((slope, g2), dim=1).mul_(SUBNET_SCALE)
-    g_b2, ga = ga.sum(dim=0), ga.to(tape.hidden.dtype)
-    g_w2 = ga.t() @ tape.hidden
-    g_hidden = torch.ops.aten.threshold_backward(ga @ tape.w2, tape.hidden, 0)
-    g_w1, g_b1 = g_hidden.t() @ tape.joint, g_hidden.sum(dim=0)
+    g_b2, ga = ga.sum(0), ga.to(tape.hidden.dtype)
+    g_w2 = torch.mm(ga.t(), tape.hidden)
+    g_hidden = torch.ops.aten.threshold_backward(torch.mm(ga, tape.w2), tape.hidden, 0)
+    network = [torch.mm(g_hidden.t(), tape.joint), g_hidden.sum(0), g_w2, g_b2]
+    if g_hidden.dtype != gy.dtype:
+        network = [gradient.to(gy.dtype) for gradient in network]
     gx = None
     if need_x:
-        g1 = g_hidden @ tape.w1[:, :k]
-        gx = torch.cat((gy[:, :k] + g1, gx2), dim=1)
-    network = [gradient.to(gy.dtype) for gradient in (g_w1, g_b1, g_w2, g_b2)]
-    return gx, [*network, g_scale, g_offset, g_lu, g_lu_bias]
+        gx = torch.cat((g1 + torch.mm(g_hidden, tape.w1[:, : plan.kept]), gx2), dim=1)
+    return gx, g_scale, [*network, g_offset, *linear]
 
 
 class _Decode(torch.autograd.Function):
-    """All blocks in one operation; see :func:`decode`."""
+    """All blocks in one operation; see :class:`Decoder`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        blocks: Sequence[Block],
+        plans: Sequence[_Plan],
         network_type: torch.dtype,
         x: Tensor,
         conditions: Tensor,
-        *tensors: Tensor | None,
+        scales: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.tapes = blocks, []
-        log_det = x.new_zeros(len(x))
+        ctx.plans, ctx.tapes = plans, []
+        log_det = x.new_zeros(len(x)) if scales is None else scales.log().sum().repeat(len(x))
         with torch.autocast(x.device.type, enabled=False):
-            for i, block in enumerate(blocks):
-                own = tensors[i * _PER_BLOCK : (i + 1) * _PER_BLOCK]
-                x, local, tape = _forward(block, network_type, x, conditions, own)
+            for i, plan in enumerate(plans):
+                own = parameters[i * plan.parameters : (i + 1) * plan.parameters]
+                scale = None if scales is None else scales[i]
+                x, local, tape = _forward(plan, network_type, x, conditions, scale, own)
                 ctx.tapes.append(tape)
-                for part in (local, _constant(block, own[4], own[6])):
-                    if part is not None:
-                        log_det += part
+                if local is not None:
+                    log_det += local
+                if plan.signs is not None and plan.learned:
+                    log_det += own[5].diagonal().sum()
         # The parameters go through autograd's books, which notice when one is changed before the backward pass.
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(scales, *parameters)
         return x, log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gz: Tensor, g_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        gradients: list[Tensor | None] = []
+        scales, *parameters = ctx.saved_tensors
+        gradients: list[list[Tensor]] = []
+        g_scales: list[Tensor] = []
         gx: Tensor | None = gz
         total = g_log_det.sum()
         with torch.autocast(gz.device.type, enabled=False):
-            for i in reversed(range(len(ctx.blocks))):
-                own = tensors[i * _PER_BLOCK : (i + 1) * _PER_BLOCK]
+            for i in reversed(range(len(ctx.plans))):
+                plan = ctx.plans[i]
+                own = parameters[i * plan.parameters : (i + 1) * plan.parameters]
+                scale = None if scales is None else scales[i]
                 assert gx is not None
                 need_x = i > 0 or ctx.needs_input_grad[2]
-                gx, found = _backward(ctx.blocks[i], ctx.tapes[i], own, gx, g_log_det, total, need_x)
-                gradients[:0] = found
-        return (None, None, gx, None, *gradients)
+                gx, g_scale, found = _backward(plan, ctx.tapes[i], scale, own, gx, g_log_det, total, need_x)
+                gradients.append(found)
+                if g_scale is not None:
+                    g_scales.append(g_scale)
+            at_scales = torch.stack(g_scales[::-1]) + total / scales if g_scales else None
+        return (None, None, gx, None, at_scales, *itertools.chain.from_iterable(reversed(gradients)))
 
 
 class _Folded(NamedTuple):
     """A block with what is constant over images multiplied out; for scoring, without gradients.
 
     Attributes:
-        block: the original.
+        plan: of the block.
         first: W1's columns that see x1, (hidden, C1).
         table: W1's other columns applied to the conditions, plus b1, (positions, hidden).
         last, last_bias: W2 and b2, scaled.
@@ -262,7 +316,7 @@ class _Folded(NamedTuple):
         constant: of ln|det|, 0-dim; None for zero.
     """
 
-    block: Block
+    plan: _Plan
     first: Tensor
     table: Tensor
     last: Tensor
@@ -274,16 +328,16 @@ class _Folded(NamedTuple):
 
     def __call__(self, x: Tensor, positions: slice) -> tuple[Tensor, Tensor | None]:
         """x (N, Q, C) at Q ``positions`` -> (y (N, Q, C), ln|det| (N, Q), 0-dim, or None for zero)."""
-        k = self.block.splits[0]
+        k = self.plan.kept
         hidden = F.relu(F.linear(x[..., :k].to(self.first.dtype), self.first) + self.table[positions])
         a = F.linear(hidden, self.last, self.last_bias).to(x.dtype)
-        x2, local, _, _ = _couple(self.block, x[..., k:], a)
+        x2, local, _, _ = _couple(self.plan, x[..., k:], a)
         y = torch.cat((x[..., :k], x2), dim=-1)
         if self.weight is not None:
             y = F.linear(y, self.weight, self.bias)
         else:
             y = y + self.bias if self.scale is None else torch.addcmul(self.bias, y, self.scale)
-            y = y.index_select(-1, self.block.order)
+            y = y.index_select(-1, self.plan.order)  # type: ignore[arg-type]  # without a weight it is hard
         if local is None or self.constant is None:
             return y, self.constant if local is None else local
         return y, local + self.constant
@@ -303,7 +357,7 @@ def _fold(block: Block, conditions: Tensor, network_type: torch.dtype) -> _Folde
         bias = block.w_perm @ bias
         weight = block.w_perm if scale is None else block.w_perm * scale
     return _Folded(
-        block=block,
+        plan=_Plan.of(block),
         first=first.weight[:, :k].to(network_type),
         table=F.linear(conditions, first.weight[:, k:], first.bias).to(network_type),
         last=(SUBNET_SCALE * last.weight).to(network_type),
@@ -311,7 +365,7 @@ def _fold(block: Block, conditions: Tensor, network_type: torch.dtype) -> _Folde
         weight=weight,
         bias=bias,
         scale=scale,
-        constant=_constant(block, scale, None if block.lu is None else block.lu.weight),
+        constant=block.log_scale() if block.options.global_scale or block.options.diagonal == "learned" else None,
     )
 
 
