@@ -45,13 +45,18 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
-def _mix_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y + ``weight`` x, in one pass where that can be had."""
+def _add_mixed(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + ``weight`` x, written into y, which comes from :func:`_mix`; a new tensor in an exported graph."""
     if _exporting():
         return y + _mix(x, weight)
-    rows = y.movedim(1, -1)
-    total = torch.addmm(rows.reshape(-1, rows.shape[-1]), x.movedim(1, -1).reshape(-1, x.shape[1]), weight.t())
-    return total.reshape(rows.shape).movedim(-1, 1)
+    rows = x.movedim(1, -1)
+    y.movedim(1, -1).view(-1, y.shape[1]).addmm_(rows.reshape(-1, rows.shape[-1]), weight.t())
+    return y
+
+
+def _relu(x: Tensor) -> Tensor:
+    """ReLU of a tensor that nobody else needs."""
+    return F.relu(x, inplace=not _exporting())
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
@@ -165,7 +170,7 @@ class _Step(nn.Module):
         hidden = self._layer(self.first, x1)
         if self.table is not None:
             hidden = hidden + self.table[:, :, rows]
-        a = self._layer(self.last, F.relu(hidden))
+        a = self._layer(self.last, _relu(hidden))
         local = None
         if self.coupling == "additive" and owned and not _exporting():
             x2.add_(a)
@@ -174,7 +179,7 @@ class _Step(nn.Module):
             x = torch.cat((x1, x2), dim=1)
         y = _mix(x, self.weight, self.bias)
         if self.read is not None and self.write is not None:
-            y = _mix_onto(y, F.relu(_mix(x, self.read, self.read_bias)), self.write)
+            y = _add_mixed(y, _relu(_mix(x, self.read, self.read_bias)), self.write)
         return y, local
 
     @staticmethod
