@@ -64,7 +64,7 @@ $(WORKFLOW_STAMP): workflow/requirements.lock | $(BIN)/uv
 # The engine is itself a job: killed in whatever way, it leaves nothing running.
 benchmark: $(STAMP) $(WORKFLOW_STAMP) $(RUNS) ## the grid of trainings: make benchmark PROFILE=smoke|book|full
 	@$(BIN)/python -m usf.study.jobs -- $(WORKFLOW)/snakemake --snakefile workflow/Snakefile \
-	  --workflow-profile workflow/profiles/$(ENGINE) --config profile=$(PROFILE) \
+	  --workflow-profile workflow/profiles/$(ENGINE) --config profile=$(PROFILE) engine=$(ENGINE) \
 	  $(if $(GRID),grid=$(GRID)) $(if $(MVTEC),mvtec=$(MVTEC)) $(if $(VISA),visa=$(VISA)) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy

@@ -83,7 +83,8 @@ class Engine:
 
     def command(self, *more: str, config: str = "") -> list[str]:
         """As `make benchmark` starts it, except for where it writes and what a cell is."""
-        settings = [f"folder={self.folder}", f"notebook={self.notebook}", "profile=smoke", *config.split()]
+        settings = [f"folder={self.folder}", f"notebook={self.notebook}", "profile=smoke"]
+        settings += [f"engine={self.profile}", *config.split()]
         return [
             sys.executable, "-m", "usf.study.jobs", "--", str(SNAKEMAKE), "--snakefile", "workflow/Snakefile",
             "--workflow-profile", f"workflow/profiles/{self.profile}", "--directory", str(self.folder),
@@ -294,7 +295,7 @@ def test_kill_and_resume_on_slurm(tmp_path: Path) -> None:
 def test_dry_run_lists_exactly_the_cells(profile: str, name: str, engine: Engine) -> None:
     plan = engine.run("--dry-run", config=f"profile={profile}")
     assert plan.returncode == 0, plan.stdout
-    listed = re.findall(r"^Job \d+: (\S+): (\d+) trainings: ([^;]+); seeds ([\d ]+)$", plan.stdout, re.M)
+    listed = re.findall(r"^Job \d+: (\S+): (\d+) trainings: ([^;]+); seeds ([\d ]+); \d GPU$", plan.stdout, re.M)
     found = grid.grid(name)
     assert sorted(listed) == sorted(
         (
@@ -308,6 +309,15 @@ def test_dry_run_lists_exactly_the_cells(profile: str, name: str, engine: Engine
     assert sum(int(count) for _, count, _, _ in listed) == len(found.trainings)
     assert f"{len(found.trainings)} trainings in {len(found.cells)} cells" in plan.stdout
     assert not (engine.folder / "log").exists()
+
+
+def test_a_job_on_a_cluster_asks_for_one_gpu(engine: Engine) -> None:
+    """Also where the machine that sends it has none, as here, and whatever else is said about resources."""
+    engine.profile = "slurm"
+    plan = engine.run("--dry-run", "--set-resources", "cell:slurm_partition=gpu")
+    assert plan.stdout.count("; 1 GPU\n") == 3, plan.stdout
+    engine.profile = "local"
+    assert engine.run("--dry-run").stdout.count("; 0 GPU\n") == 3
 
 
 def test_engine_refuses_what_is_not_in_the_grid(engine: Engine) -> None:
@@ -334,8 +344,3 @@ def test_profiles_keep_going_and_resume(name: str) -> None:
     assert profile["keep-going"]
     assert profile["rerun-incomplete"]
     assert profile["retries"] >= 1
-
-
-def test_a_job_on_a_cluster_asks_for_one_gpu() -> None:
-    profile = yaml.safe_load((ROOT / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())
-    assert "cell:gpu=1" in profile["set-resources"]
