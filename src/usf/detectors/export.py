@@ -80,10 +80,10 @@ def _layers(block: Block) -> tuple[nn.Module, nn.Module]:
 
 def _mixing(block: Block) -> tuple[Tensor, Tensor]:
     """(W, b) of everything after the coupling: scale, offset, permutation, L and U as one matrix."""
-    weight, bias = block.w_perm.flatten(1), block.global_offset.flatten()
+    weight = block.w_perm.flatten(1)
     if block.lu is not None:
-        weight = block.lu.matrix() @ weight
-    bias = weight @ bias
+        weight = block.lu.matrix().index_select(1, block.back) if block.hard else block.lu.matrix() @ weight
+    bias = weight @ block.global_offset.flatten()
     if block.lu is not None:
         bias = bias + block.lu.bias
     if block.options.global_scale:
@@ -223,14 +223,17 @@ class Chain(nn.Module):
     ) -> None:
         super().__init__()
         dtype = blocks[0].global_scale.dtype
+        steps: list[nn.Module] = []
+        constant = torch.zeros((), dtype=torch.float64, device=blocks[0].global_scale.device)
+        index = 0
         with torch.no_grad():
-            wide = [copy.deepcopy(block).double() for block in blocks]
-            steps, index = [], 0
-            while index < len(wide):
-                after = wide[index + 1] if index + 1 < len(wide) and _pays(wide[index + 1]) else None
-                steps.append(_Step(wide[index], after, conditions, size))
-                index += 1 if after is None else 2
-            constant = torch.stack([block.log_scale() for block in wide]).sum()
+            while index < len(blocks):
+                shared = index + 1 < len(blocks) and _pays(blocks[index + 1])
+                # Few at a time: a block of CFlow with a wide backbone is 200 MB.
+                wide = [copy.deepcopy(block).double() for block in blocks[index : index + 1 + shared]]
+                steps.append(_Step(wide[0], wide[1] if shared else None, conditions, size).to(dtype))
+                constant += torch.stack([block.log_scale() for block in wide]).sum()
+                index += len(wide)
         self.steps = nn.ModuleList(steps)
         self.conditional = conditions is not None
         self.register_buffer("constant", constant)
