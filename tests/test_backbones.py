@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import socket
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.cait import Cait
 
 from usf import paths
-from usf.detectors import backbones
+from usf.detectors import backbones, talking_heads
 
 
 @pytest.fixture
@@ -293,6 +294,21 @@ def test_pair_from_the_hub_or_at_random_is_never_mixed(tmp_path: Path, monkeypat
     found = backbones.resolve(backbone="mcait", announce=None)
     assert (found.source, found.tag) == ("hub", "cait_m48_448.fb_dist_in1k and cait_s24_224.fb_dist_in1k")
     assert found.pretrained
+
+
+def test_attention_is_timms_without_the_copies() -> None:
+    torch.manual_seed(0)
+    stock = Cait(64, num_classes=0, embed_dim=24, depth=2, num_heads=4, init_values=1.0).eval()
+    for parameter in stock.parameters():  # sharp attention, so that a wrong combination of heads shows
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    own = copy.deepcopy(stock)
+    talking_heads.replace(own)
+    assert sum(isinstance(module, talking_heads.TalkingHeads) for module in own.modules()) == 2
+    assert own.state_dict().keys() == stock.state_dict().keys()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(own(images), stock(images), atol=1e-5)
+        assert torch.allclose(own.double()(images.double()), stock.double()(images.double()), atol=1e-12)
 
 
 @pytest.mark.usefixtures("small_cait")

@@ -574,5 +574,8 @@ def _transformer(cait: Cait, weights: Weights | None) -> nn.Module:
         network = network.to_empty(device="cpu")
     else:
         network.load_state_dict(state_dict(weights, network.state_dict()), assign=True)
+    from usf.detectors import talking_heads
+
+    talking_heads.replace(network)
     network.requires_grad_(False)
     return network.eval()
