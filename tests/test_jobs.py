@@ -88,7 +88,7 @@ def test_nothing_outlives_a_job_that_is_killed(victim: str, mark: str, tmp_path:
         (supervisor,) = psutil.Process(starter.pid).children()
         (child,) = supervisor.children()
         {"starter": starter, "job": supervisor, "command": child}[victim].kill()
-        until(lambda: not [p for p in marked(mark) if p.pid != starter.pid], 10)
+        until(lambda: not [p for p in marked(mark) if p.pid != starter.pid], 30)
     finally:
         starter.kill()
         starter.wait()
@@ -110,7 +110,7 @@ subprocess.run(["sh", "-c", "true; " + {sys.executable!r} + " " + {str(tmp_path 
     until(ready.exists)
     process.kill()
     process.wait()
-    until(lambda: not marked(mark), 10)
+    until(lambda: not marked(mark), 30)
 
 
 @LINUX
@@ -120,7 +120,7 @@ def test_a_job_that_is_told_to_end_does(number: signal.Signals, mark: str, tmp_p
     process = subprocess.Popen(job(command=[*python(FAMILY), str(ready)]))
     until(ready.exists)
     process.send_signal(number)
-    assert process.wait(15) == 143
+    assert process.wait(30) == 143
     assert not marked(mark)
 
 

@@ -54,6 +54,7 @@ with jobs.hold(where / "locks" / f"{cell.name}.lock"):
     say("cell", cell.name, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"])
     if os.environ.get("USF_TEST_FAIL") == detector:
         raise ValueError("no images of this class")
+    done = 0
     for training in cell.trainings:
         dataset, category, detector, coupling, mixing, seed = training.key
         record = tables.example(
@@ -63,9 +64,11 @@ with jobs.hold(where / "locks" / f"{cell.name}.lock"):
             continue
         name = tables.file_name(record)
         say("begin", name, os.getpid())
-        time.sleep(0.3)
+        # So long that a training that should have been killed is seen.
+        time.sleep(600 if done and os.environ.get("USF_TEST_HANG") else 0.3)
         tables.write_records([record], where / "records")
         say("end", name, os.getpid())
+        done += 1
 """
 
 
@@ -136,7 +139,7 @@ class Engine:
 
     def until(self, word: str, count: int) -> None:
         """Wait until the log has so many lines that begin with a word."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 150
         while Counter(line[0] for line in self.log())[word] < count:
             assert time.monotonic() < end, f"waited in vain for {count} times {word!r}: {self.log()}"
             time.sleep(0.02)
@@ -207,20 +210,22 @@ def test_kill_and_resume(engine: Engine) -> None:
     reader.start()
     done: list[set[str]] = []
     for victim in ("make's child", "the engine"):
-        process = engine.start()
-        already = Counter(line[0] for line in engine.log())["end"]
-        engine.until("end", already + 2)
+        before = Counter(line[0] for line in engine.log())
+        process = engine.start(USF_TEST_HANG="1")
+        # Two cells at a time: each has ended a training and begun another.
+        engine.until("end", before["end"] + 2)
+        engine.until("begin", before["begin"] + 4)
         kernels = engine.kernels()
-        assert kernels, "trainings run"
+        assert len(kernels) == 2
         if victim == "the engine":
             (child,) = psutil.Process(process.pid).children()
             child.kill()
         else:
             process.kill()
-        output = process.communicate(timeout=20)[0].decode()
-        _, left = psutil.wait_procs(kernels, timeout=5)
+        output = process.communicate(timeout=60)[0].decode()
+        _, left = psutil.wait_procs(kernels, timeout=20)
         assert not left, f"{victim} was killed and {left} trains on; {output}"
-        end = time.monotonic() + 10
+        end = time.monotonic() + 20
         while engine.alive():
             assert time.monotonic() < end, f"{victim} was killed and left {engine.alive()}"
             time.sleep(0.05)
@@ -231,7 +236,7 @@ def test_kill_and_resume(engine: Engine) -> None:
     process = engine.start()
     engine.until("end", Counter(line[0] for line in engine.log())["end"] + 1)
     engine.kernels()[0].kill()
-    output = process.communicate(timeout=100)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output
     assert f"{trainings} trainings in 3 cells: {trainings} ok" in output
     reader.stopped.set()
