@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,6 @@ class _Tape(NamedTuple):
     coupled: Tensor
     shuffled: Tensor
     mixed: Tensor
-    lower: Tensor
-    upper: Tensor
 
 
 def _couple(plan: _Plan, x2: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -173,14 +171,13 @@ def _forward(
     coupled = torch.cat((x1, moved), dim=1)
     y = coupled + offset if scale is None else torch.addcmul(offset, coupled, scale)
     y = _shuffle(y, plan.order, None if plan.rotation is None else plan.rotation.t())
-    shuffled = mixed = lower = upper = y
+    shuffled = mixed = y
     if plan.signs is not None:
-        # M = LU = (1 + N)(D + S) with N, S strictly triangular; for few vectors the factors one by one cost less.
+        # For few vectors U, then L, cost less than their product.
         lu, bias = own[5:]
-        lower, upper = lu.tril(-1), lu.triu(1)
-        mixed = torch.addmm(shuffled * _diagonal(plan, lu), shuffled, upper.t())
-        y = torch.addmm(mixed, mixed, lower.t()).add_(bias)
-    return y, local, _Tape(w1, w2, joint, hidden, squashed, grown, x2, coupled, shuffled, mixed, lower, upper)
+        mixed = _triangular(shuffled, lu, "upper", _diagonal(plan, lu))
+        y = _triangular(mixed, lu, "lower").add_(bias)
+    return y, local, _Tape(w1, w2, joint, hidden, squashed, grown, x2, coupled, shuffled, mixed)
 
 
 def _shuffle(x: Tensor, order: Tensor | None, rotation: Tensor | None) -> Tensor:
@@ -195,6 +192,46 @@ def _diagonal(plan: _Plan, lu: Tensor) -> Tensor:
     """The diagonal of U, (C,)."""
     assert plan.signs is not None
     return plan.signs * lu.diagonal().exp() if plan.learned else plan.signs
+
+
+Part = Literal["lower", "upper"]
+
+_PANEL = 256
+"""Rows of a triangular matrix at a time: its empty part is skipped, in panels large enough for a fast product."""
+
+
+def _panels(channels: int) -> list[slice]:
+    return [slice(start, min(start + _PANEL, channels)) for start in range(0, channels, _PANEL)]
+
+
+def _triangular(x: Tensor, matrix: Tensor, part: Part, diagonal: Tensor | None = None, back: bool = False) -> Tensor:
+    """x T^T, or x T with ``back``, for x (n, C); T is a strict triangle of ``matrix`` plus ``diagonal``, or plus 1."""
+    parts = []
+    for rows in _panels(x.shape[1]):
+        own = x[:, rows]
+        corner = matrix[rows, rows].triu(1) if part == "upper" else matrix[rows, rows].tril(-1)
+        base = own if diagonal is None else own * diagonal[rows]
+        y = torch.addmm(base, own, corner if back else corner.t())
+        rest = slice(rows.stop, None) if (part == "upper") != back else slice(0, rows.start)
+        if x[:, rest].numel():
+            y.addmm_(x[:, rest], matrix[rest, rows] if back else matrix[rows, rest].t())
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _triangular_outer(g_lower: Tensor, lower: Tensor, g_upper: Tensor, upper: Tensor) -> Tensor:
+    """The strictly lower part of g_lower^T lower plus the strictly upper part of g_upper^T upper, (C, C)."""
+    channels = lower.shape[1]
+    total = lower.new_empty(channels, channels)
+    for rows in _panels(channels):
+        before, after = slice(0, rows.start), slice(rows.stop, channels)
+        corner = torch.mm(g_lower[:, rows].t(), lower[:, rows]).tril_(-1)
+        total[rows, rows] = corner.add_(torch.mm(g_upper[:, rows].t(), upper[:, rows]).triu_(1))
+        if rows.start:
+            torch.mm(g_lower[:, rows].t(), lower[:, before], out=total[rows, before])
+        if rows.stop < channels:
+            torch.mm(g_upper[:, rows].t(), upper[:, after], out=total[rows, after])
+    return total
 
 
 def _backward(
@@ -213,14 +250,14 @@ def _backward(
     """
     linear: list[Tensor] = []
     if plan.signs is not None:
-        diagonal = _diagonal(plan, own[5])
-        g_lu = torch.mm(gy.t(), tape.mixed).tril_(-1)
-        g_mixed = torch.addmm(gy, gy, tape.lower)
-        g_lu += torch.mm(g_mixed.t(), tape.shuffled).triu_(1)
+        lu = own[5]
+        diagonal = _diagonal(plan, lu)
+        g_mixed = _triangular(gy, lu, "lower", back=True)
+        g_lu = _triangular_outer(gy, tape.mixed, g_mixed, tape.shuffled)
         if plan.learned:
             g_lu.diagonal().copy_((g_mixed * tape.shuffled).sum(0) * diagonal + g_constant)
         linear = [g_lu, gy.sum(0)]
-        gy = torch.addmm(g_mixed * diagonal, g_mixed, tape.upper)
+        gy = _triangular(g_mixed, lu, "upper", diagonal, back=True)
     gy = _shuffle(gy, plan.back, plan.rotation)
     g_offset, g_scale = gy.sum(0, keepdim=True), None
     if scale is not None:
