@@ -182,6 +182,14 @@ def test_what_cannot_be_fused_is_refused() -> None:
     conditional: Any = build("cflow", FlowOptions())
     with pytest.raises(ValueError, match="under conditions that are known"):
         Chain(list(conditional.decoders[0].module_list))
+    with pytest.raises(ValueError, match="a code of the row beside a code of the column"):
+        Chain(list(conditional.decoders[0].module_list), torch.randn(12, 128), (3, 4))
+
+
+def test_position_code_is_small_in_a_file() -> None:
+    plain, copied = build("cflow", FlowOptions()), fused(build("cflow", FlowOptions()))
+    size = [sum(value.numel() for value in network.state_dict().values()) for network in (plain, copied)]
+    assert size[1] < size[0], "the table of all positions is made anew"
 
 
 # --- resizing ---------------------------------------------------------------------------------------------------------

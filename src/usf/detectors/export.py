@@ -117,6 +117,8 @@ class _Step(nn.Module):
     """
 
     table: Tensor | None
+    down: Tensor | None
+    across: Tensor | None
     weight: Tensor
     bias: Tensor
     read: Tensor | None
@@ -132,13 +134,18 @@ class _Step(nn.Module):
         self.first, self.last = (copy.deepcopy(layer) for layer in _layers(block))
         self.last.weight.data.mul_(SUBNET_SCALE)  # type: ignore[operator]
         self.last.bias.data.mul_(SUBNET_SCALE)  # type: ignore[operator]
-        table = None
+        table = down = across = None
         if block.conditional:
             if conditions is None or size is None:
                 raise ValueError("a conditional block can be folded only under conditions that are known")
             # The part of the first layer that sees the position is the same for every image.
             seen = F.linear(conditions.double(), _matrix(self.first)[:, self.kept :], cast(Tensor, self.first.bias))
             table = seen.t().reshape(1, -1, *size)
+            # One half of the code tells the row, the other the column; files hold those parts instead of their sum.
+            across = table[:, :, :1]
+            down = table[:, :, :, :1] - table[:, :, :1, :1]
+            if not torch.allclose(down + across, table):
+                raise ValueError("the conditions must be a code of the row beside a code of the column")
             self.first = nn.Linear(self.kept, seen.shape[1], bias=False, dtype=torch.float64)
             self.first.weight.data.copy_(_matrix(_layers(block)[0])[:, : self.kept])
         weight, bias = _mixing(block)
@@ -151,8 +158,10 @@ class _Step(nn.Module):
             write = follow[:, self.kept :] @ (SUBNET_SCALE * _matrix(outer))
             bias = follow @ bias + follow[:, self.kept :] @ (SUBNET_SCALE * cast(Tensor, outer.bias)) + offset
             weight = follow @ weight
+        self.register_buffer("table", None if table is None else table.detach().contiguous(), persistent=False)
         for name, value in (
-            ("table", table),
+            ("down", down),
+            ("across", across),
             ("weight", weight),
             ("bias", bias),
             ("read", read),
@@ -169,7 +178,7 @@ class _Step(nn.Module):
         x1, x2 = x[:, : self.kept], x[:, self.kept :]
         hidden = self._layer(self.first, x1)
         if self.table is not None:
-            hidden = hidden + self.table[:, :, rows]
+            hidden = hidden + self._seen(rows)
         a = self._layer(self.last, _relu(hidden))
         local = None
         if self.coupling == "additive" and owned and not _exporting():
@@ -181,6 +190,13 @@ class _Step(nn.Module):
         if self.read is not None and self.write is not None:
             y = _add_mixed(y, _relu(_mix(x, self.read, self.read_bias)), self.write)
         return y, local
+
+    def _seen(self, rows: slice) -> Tensor:
+        """What the first layer sees of the positions in some rows."""
+        assert self.table is not None
+        assert self.down is not None
+        assert self.across is not None
+        return self.down[:, :, rows] + self.across if _exporting() else self.table[:, :, rows]
 
     @staticmethod
     def _layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -203,8 +219,8 @@ class Chain(nn.Module):
     """Consecutive blocks with everything multiplied out that does not depend on the input; for inference.
 
     Scale, offset, permutation, L and U of a block become one dense matrix, so that nothing is gathered; a 1x1 additive
-    block shares the matrix of the block before it; a position code becomes a table. Products are taken in float64 and
-    stored in the blocks' own type.
+    block shares the matrix of the block before it; a position code becomes a table, in a file the sum of two small
+    ones. Products are taken in float64 and stored in the blocks' own type.
 
     Args:
         blocks: of one flow, in order.
@@ -212,8 +228,8 @@ class Chain(nn.Module):
         size: (H, W) of the maps, where there are conditions.
 
     Raises:
-        ValueError: a coupling network that is not two layers with a ReLU between, or a conditional block without
-            conditions.
+        ValueError: a coupling network that is not two layers with a ReLU between, a conditional block without
+            conditions, or conditions that are not such a code.
     """
 
     constant: Tensor
