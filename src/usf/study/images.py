@@ -469,7 +469,11 @@ def find(images: str | Path | None = None, *, small: bool = False) -> ImageFolde
 
 
 def _rgb(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3). Transparency is dropped; grey of 16 bits keeps its high byte, where Pillow would clip it to white."""
     with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            high = np.clip(np.asarray(image, dtype=np.int64) // 256, 0, 255).astype(np.uint8)
+            return np.repeat(high[..., None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
 
 

@@ -1,0 +1,248 @@
+"""The command line: ``usf inspect``, ``usf score``, ``usf benchmark``.
+
+Exit codes: 0 done; 1 something failed on the way (disk full, unreadable images among those to score, a training that
+did not work); 2 a wrong command, folder or file, before any work; 130 stopped with Ctrl-C, 143 told to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+CODES = """\
+exit codes:
+  0    done
+  1    something failed on the way, and the message says what
+  2    a wrong command, folder or file; nothing was done
+  130  stopped with Ctrl-C; the same command goes on where it was
+"""
+
+INSPECT = """\
+examples:
+  usf inspect my_parts --out report                  images of good parts, nothing else
+  usf inspect my_parts --test line_3 --out report    and a folder of images that nobody has labelled
+  usf inspect hazelnut --out report --onnx           MVTec layout: also AUROC and AUPRO; also write model.onnx
+  usf inspect my_parts --out report --alpha 0.01 --confidence 0.95
+
+what FOLDER may hold:
+  images                          normal ones
+  good/ and test/                 normal ones, and others that nobody has labelled
+  train/good/ test/ ground_truth/ MVTec layout
+
+Run it again with the same arguments after Ctrl-C or a crash: it goes on where it was.
+
+"""
+
+SCORE = """\
+examples:
+  usf score report/model new_images --out scores.csv
+  usf score report/model a.png b.png --out scores.csv --heatmaps maps
+
+scores.csv has one line an image: its score, the share of normal parts that would score as high (p_value), and whether
+it raises an alarm. An image that cannot be read has a line that says so, and the command ends with 1.
+
+"""
+
+BENCHMARK = """\
+usf benchmark mvtec bottle fastflow --variants affine additive-lu --seeds 0-4 --profile book
+is python -m usf.study.benchmark with the same arguments; usf benchmark --help lists them.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="usf", description="Find unusual parts with uniformly scaling flows.", epilog=CODES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser(
+        "inspect", help="train a detector on a folder of good parts and write a report about it",
+        description="Train a detector on a folder of good parts, set its threshold, and write a report about both.",
+        epilog=INSPECT + CODES, formatter_class=raw,
+    )  # fmt: skip
+    one.add_argument("folder", type=Path, metavar="FOLDER", help="images, see below")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR", help="for report.html and model/")
+    one.add_argument("--test", type=Path, metavar="DIR", help="images to try the detector on; by default FOLDER/test")
+    one.add_argument("--alpha", type=float, default=0.05, help="wanted false-alarm rate (default: %(default)s)")
+    one.add_argument("--confidence", type=float, metavar="C", help="keep the rate with this probability, e.g. 0.95")
+    one.add_argument("--calibration", choices=("auto", "split", "cross"), default="auto",
+                     help="hold out some normal images (split), each once (cross), or whichever suits")  # fmt: skip
+    one.add_argument("--folds", type=int, default=4, help="of --calibration cross (default: %(default)s)")
+    one.add_argument("--size", type=int, default=256, help="pixels inside the detector (default: %(default)s)")
+    one.add_argument("--backbone", choices=("resnet18", "wide_resnet50_2"), default="resnet18")
+    one.add_argument("--weights", metavar="W", help="of the backbone: a safetensors file, hub or random")
+    one.add_argument("--steps", type=int, default=80, help="of training, at least (default: %(default)s)")
+    one.add_argument("--batch-size", type=int, default=8, help="images a step (default: %(default)s)")
+    one.add_argument("--flow-steps", type=int, default=8, help="depth of the flows (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--onnx", action="store_true", help="also write model/model.onnx")
+    _common(one)
+
+    two = commands.add_parser(
+        "score", help="score images with a saved detector",
+        description="Score images with a detector that usf inspect saved.",
+        epilog=SCORE + CODES, formatter_class=raw,
+    )  # fmt: skip
+    two.add_argument("model", type=Path, metavar="MODEL", help="the model folder")
+    two.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="folders, with all below them, or files")
+    two.add_argument("--out", type=Path, required=True, metavar="CSV", help="file for the scores")
+    two.add_argument("--heatmaps", type=Path, metavar="DIR", help="also write each image with its heatmap here")
+    two.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    _common(two)
+
+    commands.add_parser("benchmark", help="train a cell of the benchmark", epilog=BENCHMARK, formatter_class=raw,
+                        add_help=False)  # fmt: skip
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: all)")
+    parser.add_argument("--quiet", action="store_true", help="no bars")
+
+
+class _Told(BaseException):
+    """SIGTERM."""
+
+
+def _stop(number: int, frame: object) -> None:
+    del number, frame
+    raise _Told
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see the module."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["benchmark"]:
+        from usf.study import benchmark
+
+        return benchmark.main(given[1:])
+    chosen = _parser().parse_args(given)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _stop)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return _inspect(chosen) if chosen.command == "inspect" else _score(chosen)
+    except KeyboardInterrupt:
+        again = "; the same command goes on where it was" if chosen.command == "inspect" else ""
+        _say(f"\nusf: stopped{again}")
+        return 130
+    except _Told:
+        _say("\nusf: told to end")
+        return 143
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _error(error: BaseException, code: int) -> int:
+    if isinstance(error, OSError) and error.errno is not None:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        hint = {
+            errno.ENOSPC: "the disk is full: make room and run again, what was done is kept",
+            errno.EROFS: "choose another place for the output",
+            errno.EACCES: "choose another place, or change the permissions",
+            errno.EPERM: "choose another place, or change the permissions",
+        }.get(error.errno, "")
+        _say(f"usf: error: {what}" + (f" ({hint})" if hint else ""))
+    else:
+        _say(f"usf: error: {error}")
+    return code
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"--threads {count}: at least 1 is needed")
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    for folder in filter(None, (chosen.folder, chosen.test)):
+        if not folder.is_dir():  # before torch is imported
+            _say(
+                f"usf: error: {folder} {'is a file' if folder.exists() else 'does not exist'}: pass a folder of images"
+            )
+            return 2
+    from usf import inspection
+
+    try:
+        _threads(chosen.threads)
+        options = inspection.Options(
+            alpha=chosen.alpha,
+            confidence=chosen.confidence,
+            calibration=chosen.calibration,
+            folds=chosen.folds,
+            size=chosen.size,
+            backbone=chosen.backbone,
+            weights=chosen.weights,
+            steps=chosen.steps,
+            batch_size=chosen.batch_size,
+            flow_steps=chosen.flow_steps,
+            seed=chosen.seed,
+            onnx=chosen.onnx,
+        )
+        found = inspection.survey(chosen.folder, chosen.test, progress=not chosen.quiet)
+        inspection.plan(len(found.normals), options)
+    except (ValueError, OSError) as error:
+        return _error(error, 2)
+    _say(found.describe())
+    for name, why in found.unreadable:
+        _say(f"unreadable, left out: {name} ({why})")
+    try:
+        result = inspection.inspect(found, chosen.out, options, progress=not chosen.quiet, say=_say)
+        from usf import report
+
+        page = report.write(result, chosen.out / "report.html")
+    except (ValueError, OSError, ArithmeticError, inspection.InspectionError) as error:
+        return _error(error, 1)
+    _say(result.deployed.promise())
+    print(page)
+    return 0
+
+
+def _score(chosen: argparse.Namespace) -> int:
+    for path in (chosen.model, *chosen.images):
+        if not path.exists():
+            _say(f"usf: error: {path} does not exist")
+            return 2
+    from usf import deploy
+    from usf.study.images import SUFFIXES
+
+    try:
+        _threads(chosen.threads)
+        if chosen.batch_size < 1:
+            raise ValueError(f"--batch-size {chosen.batch_size}: at least 1 is needed")
+        files: dict[Path, str] = {}
+        for given in chosen.images:
+            if given.is_dir():
+                inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+                files |= {path: path.relative_to(given).as_posix() for path in inside}
+            else:
+                files[given] = given.name
+        if not files:
+            raise ValueError(f"{chosen.images[0]} holds no images ({', '.join(SUFFIXES)})")
+        model = deploy.load(chosen.model)
+    except (ValueError, OSError) as error:
+        return _error(error, 2)
+    try:
+        unread, alarms = deploy.score_to_csv(
+            model, files, chosen.out, heatmaps=chosen.heatmaps, batch_size=chosen.batch_size, progress=not chosen.quiet
+        )
+    except OSError as error:
+        return _error(error, 1)
+    _say(f"{len(files)} images, {alarms} alarms (threshold {model.threshold:.6g}): {chosen.out}")
+    for name, why in unread:
+        _say(f"unreadable: {name} ({why})")
+    return 1 if unread else 0
