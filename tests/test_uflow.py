@@ -242,6 +242,12 @@ def test_every_trainable_parameter_has_a_gradient(options: FlowOptions, loss: Lo
             assert parameter.grad is None, key
 
 
+def test_features_are_the_bare_backbones(images: Tensor, features: Features) -> None:
+    bare = backbones.build(WEIGHTS)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(bare(images), features.levels, strict=True)), "one cache for all"
+
+
 def test_likelihood_counts_the_scale_before_the_flow(features: Features) -> None:
     losses: tuple[Loss, Loss] = ("anomalib", "mle")
     detectors = [model(STOCK, loss=loss) for loss in losses]
