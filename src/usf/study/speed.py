@@ -78,3 +78,83 @@ def authors_range(path: str | Path | None = None) -> tuple[float, float]:
     if ratios.empty:
         raise ValueError("the records hold no successful measurement of the authors' library")
     return float(ratios.min()), float(ratios.max())
+
+
+# --- benchmarks/detectors.py ------------------------------------------------------------------------------------------
+
+EPOCH_GOALS = {"FastFlow": 5.0, "CFlow": 5.0, "U-Flow": 20.0}
+"""Detector -> how many times faster an epoch of the fast path shall be than one in anomalib's ``Engine``, on a CPU."""
+
+GRID_GOAL = 3.0
+"""Nine runs of the fast path shall cost less than this many runs in the ``Engine``."""
+
+
+def detectors(path: str | Path | None = None) -> pd.DataFrame | None:
+    """The records of ``benchmarks/detectors.py``, one row a detector and side; ``None`` where nothing was measured.
+
+    Args:
+        path: CSV file; the committed one by default.
+
+    Raises:
+        ValueError: a file without the columns that the tables need, naming them.
+    """
+    path = paths.results("benchmarks", "detectors.csv") if path is None else Path(path)
+    if not path.is_file():
+        return None
+    rows = pd.read_csv(path)
+    needed = {"cell", "side", "models", "seconds", "epoch_seconds", "setup_seconds", "peak_mb", "ratio", "epoch_ratio"}
+    if missing := needed - set(rows.columns):
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}: run benchmarks/detectors.py again")
+    return rows
+
+
+def detector_goals(rows: pd.DataFrame | None) -> pd.DataFrame:
+    """What was wanted beside what was measured: one row a detector of :data:`EPOCH_GOALS`.
+
+    Args:
+        rows: see :func:`detectors`.
+
+    Returns:
+        columns ``cell``; ``epoch_ratio``, an epoch's time in the ``Engine`` over one on the fast path, and
+        ``epoch_goal``; ``grid_cost``, nine runs of the fast path over one run in the ``Engine``, and ``grid_goal``.
+        NaN where it was not measured.
+    """
+    found = []
+    for cell, goal in EPOCH_GOALS.items():
+        values = {"epoch_ratio": float("nan"), "grid_cost": float("nan")}
+        if rows is not None:
+            own = rows[rows["cell"] == cell].set_index("side")
+            if "fast" in own.index:
+                values["epoch_ratio"] = float(own.loc["fast", "epoch_ratio"])
+            if "fast grid" in own.index:
+                values["grid_cost"] = 1 / float(own.loc["fast grid", "ratio"])
+        found.append({"cell": cell, **values, "epoch_goal": goal, "grid_goal": GRID_GOAL})
+    return pd.DataFrame(found)
+
+
+def detector_goals_in_words(rows: pd.DataFrame | None) -> str:
+    """Sentences that say which goals were met, for the prose.
+
+    >>> detector_goals_in_words(None)
+    'Not measured yet.'
+    """
+    if rows is None:
+        return "Not measured yet."
+
+    def verdict(value: float, met: bool, text: str) -> str:
+        return f"{'met' if met else 'missed'} ({text})" if value == value else "not measured"
+
+    goals = list(detector_goals(rows).itertuples())
+    epochs = [
+        f"{row.cell}'s {row.epoch_goal:g} is "
+        + verdict(row.epoch_ratio, row.epoch_ratio >= row.epoch_goal, f"{row.epoch_ratio:.1f}")
+        for row in goals
+    ]
+    grids = [
+        f"for {row.cell} it is " + verdict(row.grid_cost, row.grid_cost < row.grid_goal, f"{row.grid_cost:.1f}")
+        for row in goals
+    ]
+    return (
+        f"Of the factors wanted for an epoch, {', '.join(epochs)}. "
+        f"Nine runs were to cost less than {GRID_GOAL:g} stock runs: {', '.join(grids)}."
+    )

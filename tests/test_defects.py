@@ -1,0 +1,144 @@
+"""What stands between a flow and its AUROC: the functions, tables and figures of the chapter on anomalib."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("anomalib", reason="needs the detectors extra")
+matplotlib.use("Agg")
+
+from anomalib.post_processing import PostProcessor
+
+from usf.plots.detectors import alone_and_together, reported
+from usf.study import defects, speed
+from usf.study.metrics import auroc
+
+
+def test_cflow_score_is_turned_upside_down_by_the_batch() -> None:
+    log_probs, labels = defects.uniform_anomalies(4, 6, seed=3)
+    assert log_probs.shape == (8, 6, 6)
+    assert labels.tolist() == [False] * 4 + [True] * 4
+    assert log_probs[labels].max() < log_probs[~labels].min()
+    assert auroc(labels, defects.cflow_scores(log_probs, 8)) == 1
+    alone = defects.cflow_scores(log_probs, 1)
+    assert (alone[labels] == 0).all()
+    assert auroc(labels, alone) == 0
+
+
+def test_uflow_score_saturates_where_it_is_said_to() -> None:
+    end = defects.saturation_point()
+    assert 34 < end < 37
+    below, above = defects.uflow_scores(torch.tensor([end - 0.1, end + 0.1]))
+    assert below < 1
+    assert above == 1
+    rising = defects.uflow_scores(torch.tensor([0.0, 1.0, 4.0]))
+    np.testing.assert_allclose(rising, 1 - np.exp([0.0, -0.5, -2.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_uflow_loss_weighs_the_determinant_by_the_batch(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    z = [torch.randn(count, 4, 6, 6, generator=generator), 3 * torch.randn(count, 2, 3, 3, generator=generator)]
+    assert defects.log_det_weight(z, torch.randn(count, generator=generator)) == pytest.approx(1 / count)
+    assert defects.best_mean_square(z) == pytest.approx(1 / count, rel=0.01)
+
+
+def test_squashed_area_is_wrong_for_raw_scores_and_right_for_bounded_ones() -> None:
+    labels = np.array([False, True] * 4)
+    far = np.linspace(20, 40, 8, dtype=np.float32) + 30 * labels.astype(np.float32)
+    assert auroc(labels, far) == 1
+    assert defects.squashed_auroc(labels, far, 8) == 0.5
+    bounded = (far - far.min()) / np.ptp(far)
+    assert defects.squashed_auroc(labels, bounded, 3) == pytest.approx(auroc(labels, bounded))
+    # One batch leaves [0, 1], the other does not.
+    mixed, two = np.array([0.9, 0.8, 1.1, 1.2], dtype=np.float32), np.array([False, False, True, True])
+    assert auroc(two, mixed) == 1
+    assert defects.squashed_auroc(two, mixed, 2) == 0
+
+
+def test_post_processor_clips_what_lies_far_above_the_threshold() -> None:
+    post = PostProcessor()
+    for name, value in {"image_min": 0.0, "image_max": 10.0, "_image_threshold": 1.0}.items():
+        getattr(post, name).fill_(value)
+    for name, value in {"pixel_min": 0.0, "pixel_max": 10.0, "_pixel_threshold": 5.0}.items():
+        getattr(post, name).fill_(value)
+    scores = np.array([0.0, 1.0, 6.5, 10.0], dtype=np.float32)
+    maps = np.arange(16, dtype=np.float32).reshape(4, 2, 2) / 1.5
+    images, pixels = defects.post_processed(post.eval(), scores, maps)
+    np.testing.assert_allclose(images, [0.4, 0.5, 1.0, 1.0])
+    np.testing.assert_allclose(pixels, maps / 10, atol=1e-6)
+    assert pixels.shape == maps.shape
+    assert defects.tied(images) == 2
+    assert defects.tied(pixels) == 0
+
+
+# --- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def records(tmp_path: Path, **changes: Any) -> Path:
+    rows = []
+    for cell, side in itertools.product(speed.EPOCH_GOALS, ("engine", "fast", "fast grid")):
+        row = {"cell": cell, "side": side, "models": 9 if side == "fast grid" else 1, "seconds": 10.0}
+        row |= {"epoch_seconds": 1.0, "setup_seconds": 2.0, "peak_mb": 900.0}
+        row |= {"ratio": {"engine": 1.0, "fast": 4.0, "fast grid": 0.5}[side], "epoch_ratio": 10.0}
+        rows.append(row | changes)
+    path = tmp_path / "detectors.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_goals_are_read_off_the_records(tmp_path: Path) -> None:
+    rows = speed.detectors(records(tmp_path))
+    goals = speed.detector_goals(rows).set_index("cell")
+    assert goals["epoch_ratio"].tolist() == [10.0] * 3
+    assert goals["grid_cost"].tolist() == [2.0] * 3, "one run over two"
+    assert goals.loc["U-Flow", "epoch_goal"] == 20
+    text = speed.detector_goals_in_words(rows)
+    assert "FastFlow's 5 is met (10.0)" in text
+    assert "U-Flow's 20 is missed (10.0)" in text
+    assert "for CFlow it is met (2.0)" in text
+
+
+def test_goals_that_were_not_measured_are_said_not_to_be(tmp_path: Path) -> None:
+    assert speed.detectors(tmp_path / "none.csv") is None
+    assert speed.detector_goals(None)["epoch_ratio"].isna().all()
+    rows = speed.detectors(records(tmp_path))
+    assert rows is not None
+    part = rows[(rows["cell"] == "FastFlow") & (rows["side"] != "fast grid")]
+    text = speed.detector_goals_in_words(part)
+    assert "FastFlow's 5 is met" in text
+    assert "CFlow's 5 is not measured" in text
+    assert "for FastFlow it is not measured" in text
+
+
+def test_records_without_a_column_are_refused(tmp_path: Path) -> None:
+    path = records(tmp_path)
+    pd.read_csv(path).drop(columns="epoch_ratio").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="lacks epoch_ratio"):
+        speed.detectors(path)
+
+
+def test_figures_show_every_image_and_case() -> None:
+    labels = np.array([False, True, True])
+    together, alone = np.array([0.1, 0.5, 0.9], np.float32), np.array([0.1, 0.4, 0.2], np.float32)
+    figure = alone_and_together([("a", together, alone), ("b", together, together)], labels)
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+    drawn = [len(line.get_xdata()) for line in figure.axes[0].lines[1:]]  # type: ignore[arg-type]
+    assert drawn == [1, 2]
+    low, high = figure.axes[0].get_xlim()
+    assert low < 0.1
+    assert high > 0.9
+    cases = pd.DataFrame(
+        {"finding": ["x", "y"], "case": ["constructed", "real"], "true": [100.0, 90.0], "reported": [50.0, 90.0]}
+    )
+    figure = reported(cases)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["x: constructed", "y: real"]
+    matplotlib.pyplot.close("all")
