@@ -1,0 +1,325 @@
+"""How much of a CFlow's AUROC is the flow, and how much the way its likelihoods become a score?
+
+One model is trained once, and after every epoch the same latents of the test images are scored in several ways (see
+:data:`WAYS`), so that what differs between two numbers is the score alone. Beside them: the largest log-likelihood of a
+fibre, which a constant determinant caps at the mode of the base and an affine flow can raise without bound, and how
+many likelihoods are not finite.
+
+``python -m usf.study.rescoring --help`` runs it; each training leaves one CSV file, written whole, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from usf import paths
+from usf.study import detection, records
+from usf.study.features import Features, extract
+from usf.study.images import ImageFolder, batches, load_masks, read
+from usf.study.metrics import auroc
+
+if TYPE_CHECKING:
+    from usf.detectors.model import DetectorModel, Latents
+
+__all__ = ["COLUMNS", "WAYS", "Rescoring", "ceiling", "gather", "run", "ways_to_score"]
+
+WAYS = {
+    "stock, whole set": "the library's score, all test images in one batch",
+    "stock, batches of 32": "the same in batches of 32, in the order of the folder, as the library evaluates",
+    "stock, shuffled": "the same in batches of 32, in a random order",
+    "stock, one by one": "the same, every image a batch of its own",
+    "sum of probabilities": "the library's combination of layers without the batch: every layer's likelihood relative "
+    "to the base's mode, added up",
+    "log_prob": "mean over layers of the negative log-likelihood per channel",
+    "norm": "the same without the log-determinant",
+}
+"""Way of scoring -> what it is."""
+
+# fmt: off
+COLUMNS = [
+    "category", "coupling", "mixing", "seed", "epoch", "epochs", "steps", "way", "image_auroc", "pixel_auroc",
+    "max_log_prob", "max_log_prob_normal", "nonfinite", "loss", "loss_kind", "size", "batch_size", "fiber_batch_size",
+    "train_images", "test_images", "parameters", "seconds", "weights_sha256", "manifest_sha256", "settings_hash",
+    "revision",
+]
+# fmt: on
+
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescoring:
+    """Settings of one training.
+
+    Attributes:
+        coupling, mixing: of the flow.
+        seed: of weights and shuffles.
+        epochs: all traced.
+        size: pixels.
+        batch_size: images.
+        loss_kind: ``"anomalib"`` or ``"mle"``.
+    """
+
+    coupling: str
+    mixing: str
+    seed: int
+    epochs: int
+    size: int = 128
+    batch_size: int = 32
+    loss_kind: str = "anomalib"
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return f"{self.coupling}-{self.mixing}-{self.loss_kind}-seed{self.seed}-epochs{self.epochs}"
+
+
+def ceiling() -> float:
+    """ln p / C at the mode of the base with determinant one, nats per channel: no additive flow's fibre is above it by
+    more than its constant log-determinant.
+
+    >>> round(ceiling(), 3)
+    -0.919
+    """
+    return -0.5 * math.log(2 * math.pi)
+
+
+def _log_probs(latents: Latents) -> list[Tensor]:
+    """ln p / C of every fibre, one (N, H_i, W_i) per layer, nats per channel."""
+    return [
+        log_det / z.shape[1] - 0.5 * z.square().mean(dim=1) + ceiling()
+        for z, log_det in zip(latents.z, latents.log_dets, strict=True)
+    ]
+
+
+def _part(latents: Latents, index: Tensor | slice) -> Latents:
+    return type(latents)([z[index] for z in latents.z], [part[index] for part in latents.log_dets])
+
+
+def ways_to_score(model: DetectorModel, latents: Latents, *, batch: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Way (see :data:`WAYS`) -> anomaly maps (N, H, W) of the same latents.
+
+    Args:
+        model: a CFlow.
+        latents: of all test images.
+        batch: images, of the ways that depend on it.
+        seed: of the random order.
+    """
+    count = len(latents.z[0])
+
+    def stock(order: Tensor, size: int) -> Tensor:
+        maps = torch.cat([model.stock_maps(_part(latents, order[part]))[:, 0] for part in batches(count, size)])
+        return maps[order.argsort()]
+
+    straight = torch.arange(count)
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    likelihoods = [(level - ceiling()).exp() for level in _log_probs(latents)]
+    added = torch.stack(
+        [
+            torch.nn.functional.interpolate(
+                level[:, None], size=model.input_size, mode="bilinear", align_corners=model.align_corners
+            )[:, 0]
+            for level in likelihoods
+        ]
+    ).sum(dim=0)
+    return {
+        "stock, whole set": stock(straight, count),
+        "stock, batches of 32": stock(straight, batch),
+        "stock, shuffled": stock(shuffled, batch),
+        "stock, one by one": stock(straight, 1),
+        "sum of probabilities": -added,
+        "log_prob": model.maps(latents, "log_prob")[:, 0],
+        "norm": model.maps(latents, "norm")[:, 0],
+    }
+
+
+def _area(labels: Any, scores: Any) -> float | None:
+    """AUROC, or None where a score is not finite."""
+    return auroc(labels, scores) if bool(torch.isfinite(torch.as_tensor(scores)).all()) else None
+
+
+def _test_latents(model: DetectorModel, features: Features) -> Latents:
+    with torch.inference_mode():
+        parts = [model.latents(features.batch(part)) for part in batches(len(features), 16)]
+    return type(parts[0])(
+        [torch.cat(levels) for levels in zip(*(part.z for part in parts), strict=True)],
+        [torch.cat(levels) for levels in zip(*(part.log_dets for part in parts), strict=True)],
+    )
+
+
+def run(
+    images: ImageFolder,
+    settings: Sequence[Rescoring],
+    folder: Path,
+    *,
+    weights: str | Path | None = None,
+    cache: Path | None = None,
+    fiber_batch_size: int = 64,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Train what has no file yet, and write one file of rows for each training.
+
+    Args:
+        images: a class.
+        settings: one for each training, all of one size.
+        folder: of the files, ``CLASS-NAME.csv``.
+        weights: of the ResNet-18, see :func:`usf.detectors.backbones.resolve`.
+        cache: of the features; ``None`` keeps them in memory.
+        fiber_batch_size: fibres per optimiser step.
+        progress: show bars.
+        say: receives one line for each training.
+
+    Raises:
+        ValueError: settings of more than one size.
+    """
+    from usf.detectors import FlowOptions, backbones
+    from usf.study.features import cache_key
+
+    targets = [(setting, folder / f"{images.name}-{setting.name}.csv") for setting in settings]
+    waiting = [(setting, path) for setting, path in targets if not path.is_file()]
+    if len(sizes := {setting.size for setting in settings}) != 1:
+        raise ValueError(f"settings of sizes {sorted(sizes)}: one size at a time, for they share their features")
+    if waiting:
+        (size,) = sizes
+        chosen = backbones.resolve(weights, backbone="resnet18", layers=LAYERS, announce=None)
+        backbone = backbones.build(chosen)
+        train, test = (
+            extract(backbone, files, size, cache=cache, key=cache_key(chosen), progress=progress)
+            for files in (images.train, [sample.path for sample in images.test])
+        )
+        masks, normal = load_masks(images.test, size), ~torch.as_tensor(images.labels)
+    for setting, path in waiting:
+        options = FlowOptions(coupling=setting.coupling, mixing=setting.mixing)  # type: ignore[arg-type]
+        model = detection.build(
+            "cflow",
+            size,
+            chosen,
+            options,
+            seed=setting.seed,
+            loss=setting.loss_kind,  # type: ignore[arg-type]
+            layers=LAYERS,
+            fiber_batch_size=fiber_batch_size,
+        )
+        rows: list[dict[str, Any]] = []
+        shared = dataclasses.asdict(setting) | {
+            "category": images.name,
+            "fiber_batch_size": fiber_batch_size,
+            "train_images": len(images.train),
+            "test_images": len(images.test),
+            "parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
+            "weights_sha256": chosen.sha256[:12],
+            "manifest_sha256": images.manifest.sha256[:12],
+            "settings_hash": records.settings_hash(
+                dataclasses.asdict(setting) | {"fiber_batch_size": fiber_batch_size, "layers": LAYERS}
+            ),
+            "revision": records.git_revision(),
+        }
+
+        def watch(
+            model: DetectorModel,
+            history: detection.FitHistory,
+            rows: list[dict[str, Any]] = rows,
+            shared: dict[str, Any] = shared,
+        ) -> None:
+            latents = _test_latents(model, test)
+            levels = _log_probs(latents)
+            measured = {
+                "epoch": history.epochs,
+                "steps": history.steps,
+                "loss": history.losses[-1],
+                "seconds": history.seconds,
+                "max_log_prob": max(float(level.max()) for level in levels),
+                "max_log_prob_normal": max(float(level[normal].max()) for level in levels),
+                "nonfinite": sum(int((~torch.isfinite(level)).sum()) for level in levels),
+            }
+            for way, maps in ways_to_score(model, latents).items():
+                areas = {
+                    "image_auroc": _area(images.labels, maps.amax(dim=(1, 2)).numpy()),
+                    "pixel_auroc": _area(masks, maps.numpy()),
+                }
+                rows.append(shared | measured | {"way": way} | areas)
+
+        started = time.perf_counter()
+        detection.fit(
+            model,
+            train,
+            epochs=setting.epochs,
+            batch_size=setting.batch_size,
+            seed=setting.seed,
+            watch=watch,
+            progress=progress,
+            label=f"CFlow {setting.coupling} {setting.mixing} seed {setting.seed}",
+        )
+        records.write_csv(path, rows, COLUMNS, digits=5)
+        last = {row["way"]: row["image_auroc"] for row in rows if row["epoch"] == setting.epochs}
+        say(f"{path.stem}: {time.perf_counter() - started:.0f} s, image AUROC {last}")
+    return [path for _, path in targets]
+
+
+def gather(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """All files of ``folder`` as one CSV file, sorted, with provenance beside it; returns the rows.
+
+    Raises:
+        FileNotFoundError: no file in ``folder``.
+    """
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise FileNotFoundError(f"no records in {folder}: run python -m usf.study.rescoring first")
+    rows = [row for path in files for row in records.read_csv(path)]
+    records.write_csv(out, rows, COLUMNS, digits=5)
+    records.write_json(out.with_suffix(".json"), records.provenance(("torch", "anomalib", "timm")))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m usf.study.rescoring", description="Train CFlow, score it in ways.")
+    parser.add_argument("images", type=Path, nargs="?", help="folder of a class, in MVTec layout")
+    parser.add_argument("--variants", nargs="+", default=["affine-permutation", "additive-lu"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--loss", default="anomalib", choices=["anomalib", "mle"])
+    parser.add_argument("--weights")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--out", type=Path, default=paths.build("rescoring"), help="folder of the files")
+    parser.add_argument("--gather", type=Path, help="write all files of --out into this one")
+    parser.add_argument("--quiet", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.images:
+        settings = [
+            Rescoring(
+                coupling=variant.partition("-")[0],
+                mixing=variant.partition("-")[2],
+                seed=seed,
+                epochs=given.epochs,
+                size=given.size,
+                loss_kind=given.loss,
+            )
+            for seed in given.seeds
+            for variant in given.variants
+        ]
+        run(
+            read(given.images),
+            settings,
+            given.out,
+            weights=given.weights,
+            cache=given.cache,
+            progress=not given.quiet,
+        )
+    if given.gather:
+        gather(given.out, given.gather)
+
+
+if __name__ == "__main__":
+    main()
