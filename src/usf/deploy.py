@@ -336,7 +336,7 @@ def save(
             "size": first.input_size[0],
             "backbone": weights.backbone,
             "weights": weights.describe(),
-            "flow_steps": len(first.fast_flow_blocks[0].module_list),  # type: ignore[arg-type, union-attr]
+            "flow_steps": len(first.fast_flow_blocks[0].module_list),  # type: ignore[arg-type]
             "options": dataclasses.asdict(first.options),
             "folds": [fold.tolist() for fold in deployed.folds],
             "made": provenance(("usf", "torch", "anomalib", "timm")),

@@ -435,7 +435,7 @@ def _resume(path: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as stored:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("usf", "{}"))
             if about.get("identity") != identity:
                 return None
