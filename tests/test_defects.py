@@ -15,8 +15,6 @@ import torch
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 matplotlib.use("Agg")
 
-from anomalib.post_processing import PostProcessor
-
 from usf.plots.detectors import alone_and_together, reported
 from usf.study import defects, speed
 from usf.study.metrics import auroc
@@ -65,19 +63,16 @@ def test_squashed_area_is_wrong_for_raw_scores_and_right_for_bounded_ones() -> N
 
 
 def test_post_processor_clips_what_lies_far_above_the_threshold() -> None:
-    post = PostProcessor()
-    for name, value in {"image_min": 0.0, "image_max": 10.0, "_image_threshold": 1.0}.items():
-        getattr(post, name).fill_(value)
-    for name, value in {"pixel_min": 0.0, "pixel_max": 10.0, "_pixel_threshold": 5.0}.items():
-        getattr(post, name).fill_(value)
+    post = defects.fitted(0, 10, threshold=1)
     scores = np.array([0.0, 1.0, 6.5, 10.0], dtype=np.float32)
-    maps = np.arange(16, dtype=np.float32).reshape(4, 2, 2) / 1.5
-    images, pixels = defects.post_processed(post.eval(), scores, maps)
+    maps = np.arange(16, dtype=np.float32).reshape(4, 2, 2)
+    images, pixels = defects.post_processed(post, scores, maps)
     np.testing.assert_allclose(images, [0.4, 0.5, 1.0, 1.0])
-    np.testing.assert_allclose(pixels, maps / 10, atol=1e-6)
+    np.testing.assert_allclose(pixels, np.minimum(1, (maps - 1) / 10 + 0.5), atol=1e-6)
     assert pixels.shape == maps.shape
     assert defects.tied(images) == 2
-    assert defects.tied(pixels) == 0
+    assert defects.tied(pixels) == 10, "from 6 on"
+    assert defects.tied(scores) == 0
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------

@@ -53,13 +53,12 @@ def reported(table: pd.DataFrame) -> Figure:
     """One row a case: the area of the order as it is (open circle), and what is reported (filled).
 
     Args:
-        table: columns ``finding``, ``case`` (``"constructed"``, or what was measured), ``true`` and ``reported``, in
+        table: columns ``finding``, ``case`` (``"constructed..."``, or what was measured), ``true`` and ``reported``, in
             per cent.
     """
     figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(table) + 0.9))
-    color = {"constructed": COLORS["oracle"]}
     for row, case in enumerate(table.itertuples()):
-        ink = color.get(str(case.case), COLORS["usf"])
+        ink = COLORS["oracle" if str(case.case).startswith("constructed") else "usf"]
         axis.plot([case.true, case.reported], [row, row], color=ink, linewidth=1.2)
         axis.plot(case.true, row, marker="o", markersize=8, markerfacecolor="none", color=ink, linestyle="none")
         axis.plot(case.reported, row, marker="o", markersize=4.5, color=ink, linestyle="none")

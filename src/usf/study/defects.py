@@ -20,6 +20,7 @@ from torch import Tensor, nn
 __all__ = [
     "best_mean_square",
     "cflow_scores",
+    "fitted",
     "log_det_weight",
     "post_processed",
     "saturation_point",
@@ -135,6 +136,15 @@ def squashed_auroc(labels: NDArray[np.bool_], scores: Floats, batch_size: int) -
         part = slice(start, start + batch_size)
         metric.update(torch.from_numpy(scores[part]), torch.from_numpy(labels[part]).int())
     return float(metric.compute())
+
+
+def fitted(low: float, high: float, *, threshold: float) -> PostProcessor:
+    """anomalib's post-processor as if validation scores and maps had this range and best threshold."""
+    post = PostProcessor().eval()
+    for name in ("image", "pixel"):
+        for buffer, value in ((f"{name}_min", low), (f"{name}_max", high), (f"_{name}_threshold", threshold)):
+            getattr(post, buffer).fill_(value)
+    return post
 
 
 def post_processed(post_processor: PostProcessor, scores: Floats, maps: Floats) -> tuple[Floats, Floats]:
