@@ -57,14 +57,15 @@ def reported(table: pd.DataFrame) -> Figure:
             per cent.
     """
     figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(table) + 0.9))
-    for row, case in enumerate(table.itertuples()):
-        ink = COLORS["oracle" if str(case.case).startswith("constructed") else "usf"]
-        axis.plot([case.true, case.reported], [row, row], color=ink, linewidth=1.2)
-        axis.plot(case.true, row, marker="o", markersize=8, markerfacecolor="none", color=ink, linestyle="none")
-        axis.plot(case.reported, row, marker="o", markersize=4.5, color=ink, linestyle="none")
+    cases = table.to_dict("records")
+    for row, case in enumerate(cases):
+        ink = COLORS["oracle" if case["case"].startswith("constructed") else "usf"]
+        axis.plot([case["true"], case["reported"]], [row, row], color=ink, linewidth=1.2)
+        axis.plot(case["true"], row, marker="o", markersize=8, markerfacecolor="none", color=ink, linestyle="none")
+        axis.plot(case["reported"], row, marker="o", markersize=4.5, color=ink, linestyle="none")
     axis.set(
         yticks=range(len(table)),
-        yticklabels=[f"{case.finding}: {case.case}" for case in table.itertuples()],
+        yticklabels=[f"{case['finding']}: {case['case']}" for case in cases],
         xlabel="AUROC, %",
         xlim=(-4, 104),
     )

@@ -81,6 +81,11 @@ def saturation_point() -> float:
     return high
 
 
+def _uflow_loss(z: list[Tensor], log_det: Tensor) -> Tensor:
+    loss: Tensor = UFlowLoss.forward(z, log_det)  # type: ignore[arg-type]  # its model passes one tensor, not a list
+    return loss
+
+
 def log_det_weight(latents: list[Tensor], log_det: Tensor) -> float:
     """The weight of the log-determinant beside the energy in anomalib's U-Flow loss, likelihood's being 1.
 
@@ -93,7 +98,7 @@ def log_det_weight(latents: list[Tensor], log_det: Tensor) -> float:
     gain = torch.ones((), dtype=torch.float64, requires_grad=True)
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
     z = [level.detach().double() for level in latents]
-    loss = UFlowLoss.forward([gain * level for level in z], log_det.detach().double() + shift)
+    loss = _uflow_loss([gain * level for level in z], log_det.detach().double() + shift)
     by_gain, by_shift = torch.autograd.grad(loss, (gain, shift))
     # Of the likelihood, summed over the batch: -N for a nat more of every image, and twice the energy.
     energy = sum(float(level.square().sum()) for level in z)
@@ -118,7 +123,7 @@ def best_mean_square(latents: list[Tensor], *, steps: int = 200) -> float:
     for _ in range(steps):
         optimiser.zero_grad()
         scaled = [log_scale.exp() * level for level in z]
-        UFlowLoss.forward(scaled, (dimension * log_scale).expand(count)).backward()
+        _uflow_loss(scaled, (dimension * log_scale).expand(count)).backward()
         optimiser.step()
     return float((2 * log_scale.detach()).exp()) * energy / (count * dimension)
 

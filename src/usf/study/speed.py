@@ -125,9 +125,9 @@ def detector_goals(rows: pd.DataFrame | None) -> pd.DataFrame:
         if rows is not None:
             own = rows[rows["cell"] == cell].set_index("side")
             if "fast" in own.index:
-                values["epoch_ratio"] = float(own.loc["fast", "epoch_ratio"])
+                values["epoch_ratio"] = float(own["epoch_ratio"].to_dict()["fast"])
             if "fast grid" in own.index:
-                values["grid_cost"] = 1 / float(own.loc["fast grid", "ratio"])
+                values["grid_cost"] = 1 / float(own["ratio"].to_dict()["fast grid"])
         found.append({"cell": cell, **values, "epoch_goal": goal, "grid_goal": GRID_GOAL})
     return pd.DataFrame(found)
 
@@ -144,16 +144,12 @@ def detector_goals_in_words(rows: pd.DataFrame | None) -> str:
     def verdict(value: float, met: bool, text: str) -> str:
         return f"{'met' if met else 'missed'} ({text})" if value == value else "not measured"
 
-    goals = list(detector_goals(rows).itertuples())
-    epochs = [
-        f"{row.cell}'s {row.epoch_goal:g} is "
-        + verdict(row.epoch_ratio, row.epoch_ratio >= row.epoch_goal, f"{row.epoch_ratio:.1f}")
-        for row in goals
-    ]
-    grids = [
-        f"for {row.cell} it is " + verdict(row.grid_cost, row.grid_cost < row.grid_goal, f"{row.grid_cost:.1f}")
-        for row in goals
-    ]
+    epochs, grids = [], []
+    for row in detector_goals(rows).to_dict("records"):
+        cell, ratio, cost = row["cell"], row["epoch_ratio"], row["grid_cost"]
+        met = verdict(ratio, ratio >= row["epoch_goal"], f"{ratio:.1f}")
+        epochs.append(f"{cell}'s {row['epoch_goal']:g} is {met}")
+        grids.append(f"for {cell} it is {verdict(cost, cost < row['grid_goal'], f'{cost:.1f}')}")
     return (
         f"Of the factors wanted for an epoch, {', '.join(epochs)}. "
         f"Nine runs were to cost less than {GRID_GOAL:g} stock runs: {', '.join(grids)}."
