@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -58,6 +59,12 @@ def test_training_leaves_one_file_and_is_not_repeated(tmp_path: Path) -> None:
     # A constant determinant caps the likelihood at the base's mode, times the scale that all inputs share.
     uniform = [row["max_log_prob"] for row in rows if row["coupling"] == "additive"]
     assert max(uniform) < rescoring.ceiling() + 0.1
+    found = rescoring.outcomes(pd.DataFrame(rows))
+    assert list(found) == ["H1", "H2", "H3", "H4"]
+    assert found["H3"].startswith("no likelihoods")
+    areas, fibres = rescoring.summary(pd.DataFrame(rows))
+    assert list(areas.index) == list(rescoring.WAYS)
+    assert (fibres["seeds"] == 1).all()
     before = [path.stat().st_mtime_ns for path in files]
     rescoring.run(images, settings, tmp_path / "runs", weights="random", progress=False, say=said.append)
     assert len(said) == 2
@@ -70,5 +77,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         rescoring.run(
             images, [Rescoring("gin", "lu", 0, 1, 32), Rescoring("gin", "lu", 0, 1, 64)], tmp_path, progress=False
         )
+    assert rescoring.outcomes(pd.DataFrame()) == {}
     with pytest.raises(FileNotFoundError, match="no records"):
         rescoring.gather(tmp_path, tmp_path / "all.csv")

@@ -62,6 +62,19 @@ def test_records_are_counted_by_outcome(tmp_path: Path) -> None:
     assert status.count_records(tmp_path, "*.csv") == (3, 1)
     assert status.count_records(tmp_path, "a.csv") == (2, 1)
     assert status.count_records(tmp_path / "none", "*.csv") == (0, 0)
+    # A row a score: one run, and a failed one.
+    header = "dataset,category,detector,coupling,mixing,settings,seed,score,status"
+    rows = [
+        f"mvtec,bottle,cflow,affine,lu,abc,{seed},{score},{state}"
+        for seed, score, state in (
+            (0, "norm", "ok"),
+            (0, "anomalib", "ok"),
+            (1, "norm", "failed"),
+            (1, "anomalib", "ok"),
+        )
+    ]
+    (tmp_path / "scores.csv").write_text("\n".join([header, *rows]))
+    assert status.count_records(tmp_path, "scores.csv") == (1, 1)
 
 
 def test_status_says_what_is_missing() -> None:

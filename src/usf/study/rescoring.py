@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from usf.study.metrics import auroc
 if TYPE_CHECKING:
     from usf.detectors.model import DetectorModel, Latents
 
-__all__ = ["COLUMNS", "WAYS", "Rescoring", "ceiling", "gather", "run", "ways_to_score"]
+__all__ = ["COLUMNS", "WAYS", "Rescoring", "ceiling", "gather", "outcomes", "run", "summary", "ways_to_score"]
 
 WAYS = {
     "stock, whole set": "the library's score, all test images in one batch",
@@ -279,6 +280,53 @@ def gather(folder: Path, out: Path) -> list[dict[str, Any]]:
     records.write_csv(out, rows, COLUMNS, digits=5)
     records.write_json(out.with_suffix(".json"), records.provenance(("torch", "anomalib", "timm")))
     return rows
+
+
+_TRAINING = ["category", "coupling", "epochs", "seed"]
+
+
+def summary(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(mean image AUROC in per cent after the last epoch, a row a way; the largest log-likelihoods).
+
+    Args:
+        rows: as :func:`gather` writes them.
+    """
+    last = rows[rows["epoch"] == rows["epochs"]]
+    areas = 100 * last.pivot_table(
+        values="image_auroc", index="way", columns=["category", "coupling", "epochs"], sort=False
+    )
+    one = rows[rows["way"] == "log_prob"]
+    groups = one.groupby(_TRAINING[:-1], sort=False)
+    first, final = (
+        part.groupby(_TRAINING[:-1], sort=False)["max_log_prob"].max()
+        for part in (one[one["epoch"] == 1], one[one["epoch"] == one["epochs"]])
+    )
+    fibres = {"seeds": groups["seed"].nunique(), "first epoch": first, "last epoch": final}
+    return areas, pd.DataFrame(fibres | {"not finite": groups["nonfinite"].sum()}).reset_index()
+
+
+def outcomes(rows: pd.DataFrame) -> dict[str, str]:
+    """What came of the hypotheses H1 to H4 in ``book/predictions.md``, a sentence each; empty without rows."""
+    if rows.empty:
+        return {}
+    last = rows[rows["epoch"] == rows["epochs"]]
+    areas = 100 * last.pivot_table(values="image_auroc", index=_TRAINING, columns="way")
+    stock = areas[[way for way in areas if way.startswith("stock")]]
+    apart = float((stock.max(axis=1) - stock.min(axis=1)).max())
+    one = rows[(rows["way"] == "stock, batches of 32") & (rows["coupling"] == "affine")].sort_values("epoch")
+    grown = one.groupby(_TRAINING)["max_log_prob"].agg(lambda values: values.iloc[-1] - values.iloc[0])
+    fallen = one.groupby(_TRAINING)["image_auroc"].agg(lambda values: 100 * (values.max() - values.iloc[-1]))
+    count = int(rows[rows["way"] == "log_prob"]["nonfinite"].sum())
+    combined = (areas["sum of probabilities"] - areas["log_prob"]).abs()
+    return {
+        "H1": f"the ways of batching differ by {apart:.1f} points at most: "
+        + ("as predicted, not the cause here" if apart <= 5 else "against the prediction, a cause"),
+        "H2": f"from the first epoch to the last the affine model's likeliest fibre gains {grown.min():.2f} to "
+        f"{grown.max():.2f} nats per channel; its AUROC ends {fallen.max():.1f} points below its best epoch, at most",
+        "H3": f"{count or 'no'} likelihoods that are not finite",
+        "H4": f"the two ways of combining layers differ by {combined.mean():.1f} points on average, by "
+        f"{combined.max():.1f} at most",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -52,20 +52,31 @@ class Claim:
         return f"{runs}, {self.failed} failed" if self.failed else runs
 
 
-def count_records(folder: Path, pattern: str) -> tuple[int, int]:
-    """Rows of the CSV files in a folder that match a pattern, as (succeeded, failed).
+TRAINING = ("dataset", "category", "detector", "coupling", "mixing", "settings", "seed")
+"""Columns that name a training in records with one row a score (``usf.study.schema``)."""
 
-    A row has failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records.
+
+def count_records(folder: Path, pattern: str) -> tuple[int, int]:
+    """Runs in the CSV files of a folder that match a pattern, as (succeeded, failed).
+
+    A row is a run, unless the file has a row for each score of a trained model: then its rows are one run. A run has
+    failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records.
     """
-    succeeded = failed = 0
+    rows = 0
+    failed_rows = 0
+    runs: dict[tuple[str, ...], bool] = {}
     for path in sorted(folder.glob(pattern)):
         with path.open(newline="", encoding="utf8") as stream:
             for row in csv.DictReader(stream):
-                if row.get("status", "ok") == "ok":
-                    succeeded += 1
+                fine = row.get("status", "ok") == "ok"
+                if "score" in row and "settings" in row:
+                    key = tuple(row[name] for name in TRAINING)
+                    runs[key] = runs.get(key, True) and fine
                 else:
-                    failed += 1
-    return succeeded, failed
+                    rows += 1
+                    failed_rows += not fine
+    succeeded = sum(runs.values())
+    return rows - failed_rows + succeeded, failed_rows + len(runs) - succeeded
 
 
 def _title(chapter: Path) -> str:
