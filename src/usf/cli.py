@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--size", type=int, default=256, help="pixels inside the detector (default: %(default)s)")
     one.add_argument("--backbone", choices=("resnet18", "wide_resnet50_2"), default="resnet18")
     one.add_argument("--weights", metavar="W", help="of the backbone: a safetensors file, hub or random")
-    one.add_argument("--steps", type=int, default=80, help="of training, at least (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=40, help="of training, at least (default: %(default)s)")
     one.add_argument("--batch-size", type=int, default=8, help="images a step (default: %(default)s)")
     one.add_argument("--flow-steps", type=int, default=8, help="depth of the flows (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0)
@@ -126,11 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return benchmark.main(given[1:])
     chosen = _parser().parse_args(given)
+    before = None
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _stop)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+        before = signal.signal(signal.SIGTERM, _stop)
     try:
-        return _inspect(chosen) if chosen.command == "inspect" else _score(chosen)
+        with warnings.catch_warnings():
+            # anomalib's own imports warn of what anomalib itself deprecates.
+            warnings.simplefilter("ignore", FutureWarning)
+            return _inspect(chosen) if chosen.command == "inspect" else _score(chosen)
     except KeyboardInterrupt:
         again = "; the same command goes on where it was" if chosen.command == "inspect" else ""
         _say(f"\nusf: stopped{again}")
@@ -138,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Told:
         _say("\nusf: told to end")
         return 143
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:
@@ -228,6 +234,8 @@ def _score(chosen: argparse.Namespace) -> int:
         for given in chosen.images:
             if given.is_dir():
                 inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+                if chosen.heatmaps is not None:  # those of an earlier run are no images to score
+                    inside = [path for path in inside if chosen.heatmaps not in path.parents]
                 files |= {path: path.relative_to(given).as_posix() for path in inside}
             else:
                 files[given] = given.name

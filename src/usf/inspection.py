@@ -324,7 +324,7 @@ class Options:
     size: int = 256
     backbone: str = "resnet18"
     weights: str | None = None
-    steps: int = 80
+    steps: int = 40
     batch_size: int = 8
     flow_steps: int = 8
     seed: int = 0

@@ -35,7 +35,7 @@ STYLE = """
 .usf h1{font-size:1.9rem;margin:.6rem 0 .2rem}.usf h2{font-size:1.25rem;margin:2.4rem 0 .6rem;padding-top:.8rem;
  border-top:1px solid #dde3ea}.usf h3{font-size:1rem;margin:1.4rem 0 .4rem}
 .usf .sub{color:#5a6775;margin:0 0 1.2rem}.usf .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
-.usf .tile{flex:1 1 9rem;background:#f2f5f8;border-radius:8px;padding:.7rem .9rem}
+.usf .tile{flex:1 1 6.5rem;background:#f2f5f8;border-radius:8px;padding:.7rem .9rem}
 .usf .tile b{display:block;font-size:1.45rem;line-height:1.2}.usf .tile span{color:#5a6775;font-size:.86rem}
 .usf .note{background:#eef5fb;border-left:4px solid #0072B2;padding:.6rem .9rem;margin:.8rem 0}
 .usf .warn{background:#fdf1e7;border-left:4px solid #D55E00;padding:.6rem .9rem;margin:.8rem 0}
@@ -199,7 +199,7 @@ def _percent(value: float) -> str:
 def _tiles(result: Result) -> str:
     known = result.deployed.calibration
     tiles = [
-        (_percent(known.alpha), "false-alarm rate promised"),
+        (_percent(known.alpha), f"false-alarm rate {'promised' if len(result.plan.folds) == 1 else 'aimed at'}"),
         (f"{known.threshold:.4g}", "threshold of the score"),
         (str(len(known.normals)), "normal images set it"),
     ]
