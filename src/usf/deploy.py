@@ -324,6 +324,8 @@ def save(
         own = {k: v for k, v in model.state_dict().items() if not k.startswith(BACKBONE)}
         tensors |= {f"flow{index}.{key}": value for key, value in own.items()}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         files = {MODEL: safetensors.save(tensors, {"format": FORMAT}), DATA: data_csv(data).encode()}

@@ -37,13 +37,17 @@ def score_histogram(groups: Mapping[str, tuple[ArrayLike, str]], threshold: floa
     total = np.concatenate([values for values, _ in kept.values()] + [np.array([threshold])])
     low, high = float(total.min()) / 1.05, float(total.max()) * 1.05
     edges = np.geomspace(low, high, 41)
-    figure, axes = plt.subplots(len(kept), 1, figsize=(6.4, 1.05 * len(kept) + 0.7), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(kept), 1, figsize=(8.6, 1.05 * len(kept) + 0.7), sharex=True, squeeze=False)
     for axis, (label, (values, color)) in zip(axes[:, 0], kept.items(), strict=True):
         axis.hist(values, edges, color=COLORS[color], alpha=0.85)
         axis.axvline(threshold, color=INK, linestyle="--", linewidth=1.2)
         above = int(np.count_nonzero(values > threshold))
         axis.set_title(f"{label}: {above} of {values.size} above the threshold", fontsize=9, loc="left")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
+    axes[0, 0].annotate(
+        "threshold", (threshold, 1), xycoords=("data", "axes fraction"), xytext=(4, -9), textcoords="offset points",
+        fontsize=8, color=INK,
+    )  # fmt: skip
     axes[-1, 0].set(xscale="log", xlabel="score", xlim=(low, high))
     axes[-1, 0].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[-1, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
