@@ -1,0 +1,472 @@
+"""The command line, the folder it reads, the model it writes and the page about it: what works, and what fails."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from usf import cli, inspection
+from usf.calibration import CalibrationError, normals_needed
+from usf.inspection import Options, plan, survey
+from usf.study.images import ImageFolderError, load_images
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--size", "64", "--weights", "random", "--steps", "2", "--flow-steps", "2", "--quiet", "--threads", "1"]
+
+
+def picture(
+    path: Path, seed: int, *, defect: bool = False, size: tuple[int, int] = (64, 64), mode: str = "RGB"
+) -> Path:
+    pixels = np.random.default_rng(seed).integers(90, 130, (*size, 3)).astype(np.uint8)
+    if defect:
+        pixels[20:44, 20:44] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def parts(folder: Path, normal: int = 12, bad: int = 0) -> Path:
+    for i in range(normal):
+        picture(folder / "good" / f"{i:02}.png", i)
+    for i in range(bad):
+        picture(folder / "test" / f"bad{i}.png", 100 + i, defect=True)
+        picture(folder / "test" / f"ok{i}.png", 200 + i)
+    return folder
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "usf", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves, of a folder with everything that can be odd, in a place with an odd name."""
+    base = tmp_path_factory.mktemp("münchen, halle 3 ✓")
+    folder = parts(base / "gute teile", normal=14, bad=2)
+    good = folder / "good"
+    (good / "notes.png").write_text("not an image")
+    (good / "half.png").write_bytes((good / "00.png").read_bytes()[:400])
+    (good / "list.txt").write_text("nothing to see")
+    shutil.copy(good / "01.png", good / "copy <b>.png")
+    picture(good / "grey.png", 50, mode="L")
+    picture(good / "alpha.png", 51, mode="RGBA")
+    picture(good / "large.png", 52, size=(90, 120))
+    deep = np.random.default_rng(53).integers(90 * 257, 130 * 257, (64, 64)).astype(np.uint16)
+    Image.fromarray(deep).save(good / "deep.png")
+    assert cli.main(["inspect", str(folder), "--out", str(base / "bericht"), "--alpha", "0.2", *TINY]) == 0
+    return base / "bericht"
+
+
+# --------------------------------------------------------------------------------------------------- as a subprocess
+
+
+def test_help_needs_nothing_and_shows_examples() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["project"]["scripts"]["usf"] == "usf.cli:main"
+    script = "import sys, usf.cli; assert not {'torch', 'anomalib'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert "exit codes" in run("--help").stdout
+    for command in ("inspect", "score"):
+        said = run(command, "--help").stdout
+        assert f"usf {command} " in said
+        assert "exit codes" in said
+
+
+def test_the_notebook_shows_the_same_report(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "my parts", normal=6)
+    source = ROOT / "book" / "runs" / "inspect.md"
+    notebook, done = tmp_path / "inspect.ipynb", tmp_path / "report.ipynb"
+    convert = [sys.executable, "-m", "jupytext", "--quiet", "--to", "notebook", "--output", str(notebook), str(source)]
+    subprocess.run(convert, check=True)
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(done)]
+    for name, value in {"images": folder, "out": tmp_path / "r", "weights": "random", "profile": "smoke"}.items():
+        command += ["-p", name, str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    cells = json.loads(done.read_text("utf8"))["cells"]
+    shown = "".join("".join(o["data"].get("text/html", "")) for c in cells for o in c.get("outputs", []) if "data" in o)
+    assert "my parts" in shown
+    assert "6 normal images" in shown
+    assert shown in (tmp_path / "r" / "report.html").read_text("utf8")
+
+
+def test_missing_folder_and_wrong_options_end_with_2(tmp_path: Path) -> None:
+    said = run("inspect", tmp_path / "nowhere", "--out", tmp_path / "r", code=2).stderr
+    assert "nowhere does not exist" in said
+    assert "Traceback" not in said
+    assert "does not exist" in run("score", tmp_path / "model", tmp_path, "--out", tmp_path / "s.csv", code=2).stderr
+    run("inspect", tmp_path, code=2)  # without --out
+    run("nothing", code=2)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_saved_model_scores_in_another_process(inspected: Path, tmp_path: Path) -> None:
+    images = inspected.parent / "gute teile" / "test"
+    out = tmp_path / "scores.csv"
+    done = run("score", inspected / "model", images, "--out", out, "--heatmaps", tmp_path / "maps", "--quiet")
+    assert "4 images" in done.stderr
+    rows = list(csv.DictReader(out.open()))
+    assert [row["image"] for row in rows] == ["bad0.png", "bad1.png", "ok0.png", "ok1.png"]
+    scores = {row["image"]: float(row["score"]) for row in rows}
+    assert min(scores["bad0.png"], scores["bad1.png"]) > max(scores["ok0.png"], scores["ok1.png"])
+    assert [row["alarm"] for row in rows][:2] == ["1", "1"]
+    assert all(0 < float(row["p_value"]) <= 1 for row in rows)
+    with Image.open(tmp_path / "maps" / "bad0.png.png") as heatmap:
+        assert heatmap.size == (130, 64)
+    # The page was made in another process: the same scores.
+    page = (inspected / "report.html").read_text("utf8")
+    assert f"score {scores['bad0.png']:.4g}" in page
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_report_names_what_was_found_and_stands_alone(inspected: Path) -> None:
+    page = (inspected / "report.html").read_text("utf8")
+    for said in ("notes.png", "half.png", "list.txt", "copy &lt;b&gt;.png", "64 x 64", "120 x 90", "grey, 16 bit",
+                 "random weights", "18 normal images", "false-alarm rate promised", "usf score"):  # fmt: skip
+        assert said in page, said
+    assert "copy <b>.png" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing from elsewhere"
+    assert "<script" not in page
+    assert page.count("data:image/jpeg") >= 2 * (4 + 4)
+    assert len(page) < 2_000_000
+
+
+def test_model_folder_says_what_it_is(inspected: Path) -> None:
+    model = inspected / "model"
+    assert {p.name for p in model.iterdir()} == {
+        "model.safetensors", "settings.json", "calibration.json", "README.md", "data.csv",
+    }  # fmt: skip
+    card = (model / "README.md").read_text()
+    assert "What the threshold promises" in card
+    rows = list(csv.DictReader((model / "data.csv").open(encoding="utf8")))
+    assert len(rows) == 18 + 4
+    assert {row["part"] for row in rows} == {"training", "calibration", "test"}
+    known = json.loads((model / "calibration.json").read_text())
+    assert len(known["normals"]) == sum(row["part"] == "calibration" for row in rows) == 4 or known["normals"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "settings.json", "calibration.json", "data.csv", "README.md"])
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_a_tampered_model_is_refused_by_name(
+    inspected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inspected / "model", model)
+    if how == "missing":
+        (model / name).unlink()
+    else:
+        data = bytearray((model / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (model / name).write_bytes(bytes(data))
+    assert cli.main(["score", str(model), str(inspected.parent), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_model_that_agrees_with_itself_must_still_fit(inspected: Path, tmp_path: Path) -> None:
+    """Somebody wrote all hashes anew: what does not fit is refused, and nothing is executed."""
+    from usf import deploy
+
+    model = tmp_path / "model"
+    shutil.copytree(inspected / "model", model)
+    settings = json.loads((model / "settings.json").read_text())
+    for change, named in (
+        ({"size": 80}, "does not fit"),
+        ({"size": 10**9}, "no valid size"),
+        ({"options": {**settings["options"], "coupling": "__import__"}}, "coupling"),
+        ({"sha256": {**settings["sha256"], "../../x": "0"}}, "no valid sha256"),
+        ({"detector": "os.system"}, "no valid detector"),
+    ):
+        raw = json.dumps(settings | change).encode()
+        (model / "settings.json").write_bytes(raw)
+        known = deploy.Calibration.load(inspected / "model" / "calibration.json")
+        deploy.dataclasses.replace(known, model=deploy._sha256(raw)).save(model / "calibration.json")
+        with pytest.raises(deploy.ModelFolderError, match=named):
+            deploy.load(model)
+
+
+def test_a_pickle_is_not_opened(inspected: Path, tmp_path: Path) -> None:
+    from usf import deploy
+
+    settings = json.loads((inspected / "model" / "settings.json").read_text())
+    torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(deploy.ModelFolderError, match="not a safetensors file"):
+        deploy._models(Path("model.safetensors"), (tmp_path / "x.pt").read_bytes(), settings)
+
+
+def test_unreadable_images_have_a_line_and_the_command_says_so(inspected: Path, tmp_path: Path) -> None:
+    good = picture(tmp_path / "in" / "a.png", 1)
+    (tmp_path / "in" / "b.png").write_text("no image")
+    out = tmp_path / "s.csv"
+    assert cli.main(["score", str(inspected / "model"), str(good.parent), "--out", str(out), "--quiet"]) == 1
+    rows = list(csv.DictReader(out.open()))
+    assert [(row["image"], row["score"] != "", row["error"]) for row in rows] == [
+        ("a.png", True, ""),
+        ("b.png", False, "not an image"),
+    ]
+
+
+def test_scores_do_not_depend_on_the_batch(inspected: Path) -> None:
+    from usf import deploy
+
+    model = deploy.load(inspected / "model")
+    files = sorted((inspected.parent / "gute teile" / "test").iterdir())
+    one, many = (list(deploy.score_files(model, files, batch_size=size, progress=False)) for size in (1, 8))
+    assert [item.score for item in one] == pytest.approx([item.score for item in many], rel=1e-5)
+    assert [item.alarm for item in one] == [item.score > model.threshold for item in one]
+
+
+# ------------------------------------------------------------------------------------------------ folders and plans
+
+
+def test_empty_and_hopeless_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ImageFolderError, match="holds no images"):
+        survey(tmp_path)
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(ImageFolderError, match=r"can be read \(a.png: not an image\)"):
+        survey(tmp_path)
+    with pytest.raises(ImageFolderError, match="is a file"):
+        survey(tmp_path / "a.png")
+    picture(tmp_path / "b.png", 0)
+    assert cli.main(["inspect", str(tmp_path), "--out", str(tmp_path / "r"), *TINY]) == 2
+    assert "too few" in capsys.readouterr().err
+
+
+def test_layouts(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for i in range(3):
+        picture(flat / f"{i}.png", i)
+    picture(flat / ".thumbs" / "x.png", 9)
+    found = survey(flat)
+    assert (len(found.normals), len(found.test), found.labelled) == (3, 0, False)
+
+    mvtec = tmp_path / "mvtec"
+    for i in range(3):
+        picture(mvtec / "train" / "good" / f"{i}.png", i)
+    picture(mvtec / "test" / "good" / "0.png", 5)
+    picture(mvtec / "test" / "scratch" / "0.png", 6)
+    shutil.copy(mvtec / "train" / "good" / "1.png", mvtec / "test" / "good" / "1.png")
+    assert survey(mvtec).labelled
+    assert not survey(mvtec).masked
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:9, :9] = 255
+    (mvtec / "ground_truth" / "scratch").mkdir(parents=True)
+    Image.fromarray(mask).save(mvtec / "ground_truth" / "scratch" / "0_mask.png")
+    found = survey(mvtec)
+    assert found.masked
+    assert found.leaked == ("test/good/1.png",)
+
+    other = parts(tmp_path / "mixed", 3, 1)
+    found = survey(other / "good", other / "test")
+    assert [part.label for part in found.test] == [None, None]
+
+
+def test_what_is_held_out_follows_from_the_number_of_images() -> None:
+    many = plan(100, Options(alpha=0.05))
+    assert len(many.folds) == 1
+    assert len(many.folds[0]) == 25
+    few = plan(28, Options(alpha=0.05))
+    assert sorted(i for fold in few.folds for i in fold) == list(range(28))
+    assert len(few.folds) == 4
+    fewer = plan(10, Options(alpha=0.05))
+    assert len(fewer.folds) == 1
+    assert fewer.alpha == pytest.approx(0.2)
+    assert "too few" in fewer.notes[0]
+    sure = plan(40, Options(alpha=0.05, confidence=0.95))
+    assert normals_needed(sure.alpha, 0.95) <= len(sure.folds[0]) == 16
+    with pytest.raises(CalibrationError, match="Collect 48 normal images"):
+        plan(28, Options(alpha=0.05, calibration="split"))
+    with pytest.raises(CalibrationError, match="too few"):
+        plan(10, Options(alpha=0.05, calibration="cross"))
+    assert plan(100, Options(seed=1)) != many
+
+
+def test_sixteen_bits_and_alpha_keep_their_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    deep = load_images([tmp_path / "deep.png"], 64)[0]
+    assert torch.allclose(deep[0], torch.from_numpy(ramp / 65535).float(), atol=1 / 200)
+    assert torch.equal(deep[0], deep[2])
+    picture(tmp_path / "rgb.png", 1)
+    picture(tmp_path / "rgba.png", 1, mode="RGBA")
+    assert torch.equal(load_images([tmp_path / "rgb.png"], 64), load_images([tmp_path / "rgba.png"], 64))
+
+
+# ------------------------------------------------------------------------------------------- stopped, full, read-only
+
+
+def inspect(folder: Path, out: Path, *more: str) -> int:
+    return cli.main(["inspect", str(folder), "--out", str(out), "--alpha", "0.2", *TINY, *more])
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = parts(tmp_path / "p")
+    assert inspect(folder, tmp_path / "straight") == 0
+    written: list[Path] = []
+    real = inspection.atomic_write
+
+    def stop_after_two(path: Path, content: Any) -> Path:
+        real(path, content)
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(inspection, "atomic_write", stop_after_two)
+    assert inspect(folder, tmp_path / "stopped") == 130
+    assert "goes on where it was" in capsys.readouterr().err
+    assert len(list((tmp_path / "stopped" / "state").glob("flow-*.safetensors"))) == 1
+    assert not (tmp_path / "stopped" / "model").exists()
+    assert inspect(folder, tmp_path / "stopped") == 0
+    assert len(written) == 3, "one of three epochs was left"
+    same = [(tmp_path / where / "model" / "model.safetensors").read_bytes() for where in ("straight", "stopped")]
+    assert same[0] == same[1]
+    # A third time nothing is trained; a checkpoint that is damaged is not used.
+    assert inspect(folder, tmp_path / "stopped") == 0
+    assert len(written) == 3
+    checkpoint = written[-1]
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert inspect(folder, tmp_path / "stopped") == 0
+    assert len(written) == 6
+    assert (tmp_path / "stopped" / "model" / "model.safetensors").read_bytes() == same[0]
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_model(
+    inspected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from usf import deploy
+
+    folder = parts(tmp_path / "p")
+    shutil.copytree(inspected / "model", tmp_path / "r" / "model")
+    before = (tmp_path / "r" / "model" / "model.safetensors").read_bytes()
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 0)  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection.shutil, "disk_usage", lambda _: usage)
+        assert inspect(folder, tmp_path / "r") == 1
+    assert "make room" in capsys.readouterr().err
+
+    def full(path: Path, content: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "atomic_write", full)
+        assert inspect(folder, tmp_path / "r") == 1
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "r" / "model" / "model.safetensors").read_bytes() == before
+    assert not list((tmp_path / "r").glob(".model*")), "no half model is left"
+    deploy.load(tmp_path / "r" / "model")
+
+
+def test_interrupted_scores_leave_the_old_file(
+    inspected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usf import deploy
+
+    out = tmp_path / "s.csv"
+    out.write_text("old")
+    real = deploy.score_files
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        yield next(iter(real(*arguments, **options)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deploy, "score_files", stop)
+    images = inspected.parent / "gute teile" / "test"
+    assert cli.main(["score", str(inspected / "model"), str(images), "--out", str(out), "--quiet"]) == 130
+    assert out.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+
+
+def test_output_that_cannot_be_written_is_found_before_the_work(
+    inspected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = parts(tmp_path / "p")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(inspection, "_train_all", lambda *_: pytest.fail("trained"))
+    assert inspect(folder, tmp_path / "file" / "r") == 1
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "r"))
+
+    monkeypatch.setattr(inspection.tempfile, "NamedTemporaryFile", refuse)
+    assert inspect(folder, tmp_path / "r") == 1
+    assert "Permission denied (choose another place" in capsys.readouterr().err
+    images = inspected.parent / "gute teile" / "test"
+    assert cli.main(["score", str(inspected / "model"), str(images), "--out", str(tmp_path / "file" / "s")]) == 1
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = parts(tmp_path / "p")
+    mine = picture(tmp_path / "r" / "model" / "mine.png", 1)
+    assert inspect(folder, tmp_path / "r") == 1
+    assert "no model folder" in capsys.readouterr().err
+    assert mine.exists()
+
+
+# -------------------------------------------------------------------------------------------- cross-conformal, ONNX
+
+
+def test_cross_conformal_scores_and_their_onnx_agree(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from usf import deploy
+
+    folder = parts(tmp_path / "p", 10, 1)
+    assert inspect(folder, tmp_path / "r", "--calibration", "cross", "--folds", "2", "--onnx") == 0
+    model = deploy.load(tmp_path / "r" / "model")
+    assert len(model.folds) == 2
+    assert "cross-conformal" in model.promise()
+    files = sorted((folder / "test").iterdir())
+    scored = list(deploy.score_files(model, files, progress=False))
+    for item in scored:
+        assert item.alarm == (item.p <= 0.2) == (item.score > model.threshold)
+    assert scored[0].alarm
+    session = onnxruntime.InferenceSession(str(tmp_path / "r" / "model" / "model.onnx"))
+    score, maps = session.run(None, {"images": load_images(files, 64).numpy()})
+    assert score == pytest.approx([item.score for item in scored], rel=1e-4)
+    assert maps.shape == (2, 1, 64, 64)
+    larger = torch.rand(3, 3, 90, 130)
+    with torch.inference_mode():
+        expected = model.detector(larger)[0].numpy()
+    assert session.run(["score"], {"images": larger.numpy()})[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_combined_score_is_above_the_threshold_exactly_where_p_is_small() -> None:
+    from usf import deploy
+
+    rng = np.random.default_rng(0)
+    detector = deploy.Detector.__new__(deploy.Detector)
+    torch.nn.Module.__init__(detector)
+    detector.flows = torch.nn.ModuleList([torch.nn.Identity()] * 3)
+    folds = [rng.normal(size=n).astype(np.float32).astype(np.float64) for n in (7, 6, 8)]
+    detector.register_buffer("known", torch.empty(0))
+    detector.register_buffer("owner", torch.empty(0))
+    model = deploy.Deployed.calibrated(detector, folds, 0.2)
+    scores, p, alarms = model.judge(torch.from_numpy(rng.normal(0.8, 1, size=(500, 3))).float())
+    assert 50 < alarms.sum() < 450
+    np.testing.assert_array_equal(alarms, p <= 0.2)
+    np.testing.assert_array_equal(alarms, scores > model.threshold)
