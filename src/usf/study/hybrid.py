@@ -27,6 +27,7 @@ from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.hybrid import PRIORS, FlowVAE, Settings, calibrated
 from usf.hybrid.scores import SCORES
+from usf.hybrid.vae import Prior
 from usf.study import records, textures
 from usf.study.images import ImageFolder, hold_out, load_images, read
 from usf.study.metrics import auroc
@@ -53,7 +54,7 @@ class Study:
     """
 
     model: Settings = Settings()  # noqa: RUF009 (frozen)
-    priors: tuple[str, ...] = PRIORS
+    priors: tuple[Prior, ...] = PRIORS
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 200
     batch_size: int = 16
@@ -120,7 +121,7 @@ def load(options: Study, folder: ImageFolder, weights: Weights) -> Data:
     return Data(folder, weights, split(kept), split(held), split([sample.path for sample in folder.test]))
 
 
-def train(options: Study, data: Data, prior: str, seed: int, *, progress: bool = False) -> tuple[FlowVAE, History]:
+def train(options: Study, data: Data, prior: Prior, seed: int, *, progress: bool = False) -> tuple[FlowVAE, History]:
     """A model trained on the ELBO; a function of the settings, the data and the seed.
 
     Raises:
@@ -188,7 +189,7 @@ COLUMNS: tuple[str, ...] = tuple(
 ``spread_*`` and ``log_det_std`` standard deviations over the test images, nats."""
 
 
-def run_one(options: Study, data: Data, prior: str, seed: int, run: str) -> dict[str, Any]:
+def run_one(options: Study, data: Data, prior: Prior, seed: int, run: str) -> dict[str, Any]:
     """Train and measure once; a divergence is a row with its reason."""
     row: dict[str, Any] = {
         "class": data.folder.name,

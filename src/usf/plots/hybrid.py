@@ -1,0 +1,130 @@
+"""Figures of the VAE with a flow prior: areas by class, the two levels of its latent space, images that it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from usf.plots.theme import COLORS, INK
+
+__all__ = ["LABELS", "areas", "image_grid", "two_levels"]
+
+LABELS = {"usf": "VAE-USFlow", "non-usf": "VAE-NonUSFlow", "gaussian": "VAE"}
+_COLORS = {"usf": "usf", "non-usf": "non-usf", "gaussian": "oracle"}
+
+
+def areas(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, str], *, seeds: int) -> Figure:
+    """Image AUROC by class: one panel a score, one colour a prior, a dot a seed and a bar at their mean.
+
+    Under each group stands how many of ``seeds`` trainings are valid, so that a failed one is seen.
+
+    Args:
+        rows: records of :mod:`usf.study.hybrid`; those that failed have no area.
+        scores: column of the records -> title of its panel.
+        seeds: trainings per class and prior that were planned.
+    """
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(scores), figsize=(3.1 * len(scores) + 0.6, 3.2), sharey=True, sharex=True, squeeze=False
+    )
+    for axis, (column, title) in zip(axes[0], scores.items(), strict=True):
+        for place, name in enumerate(classes):
+            for shift, (prior, label) in enumerate(LABELS.items()):
+                own = [row for row in rows if row["class"] == name and row["prior"] == prior]
+                values = [100 * row[column] for row in own if row["status"] == "ok"]
+                x = place + 0.26 * (shift - 1)
+                color = COLORS[_COLORS[prior]]
+                axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.7, label=label)
+                if values:
+                    axis.plot([x - 0.1, x + 0.1], [np.mean(values)] * 2, color=color)
+                axis.annotate(
+                    f"{len(values)}/{seeds}",
+                    (x, 0),
+                    (0, 2),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    color=INK,
+                )
+        axis.axhline(50, color=INK, linewidth=0.8, linestyle=":")
+        axis.set(title=title, xticks=range(len(classes)), xticklabels=classes)
+    axes[0, 0].set(ylabel="image AUROC, %")
+    axes[0, 0].margins(y=0.12)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
+    return figure
+
+
+def two_levels(
+    encoded: Mapping[str, NDArray[np.floating[Any]]],
+    latent: Mapping[str, NDArray[np.floating[Any]]],
+    colors: Mapping[str, str],
+) -> Figure:
+    """Both spaces of a flow-prior VAE: what the encoder makes of images, and what the flow makes of that.
+
+    Left the means of q(z | x), then their flow latents, each in the plane of the first two principal components of the
+    first group. Beside them the distribution of its norm, with a line at sqrt(d), where a standard normal has it.
+
+    Args:
+        encoded: group -> (n, d), e.g. training, held-out normal and anomalous images.
+        latent: the same groups -> (n, d).
+        colors: group -> key of :data:`usf.plots.COLORS`.
+
+    Raises:
+        ValueError: when the groups differ, or d is below 2.
+    """
+    if list(encoded) != list(latent) or not encoded:
+        raise ValueError("encoded and latent need the same groups, at least one")
+    dimension = next(iter(encoded.values())).shape[1]
+    if dimension < 2:
+        raise ValueError(f"a plane needs two dimensions or more, got {dimension}")
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), width_ratios=[1, 1, 0.9])
+    titles = ("encoder: mean of q(z | x)", "flow latent of that mean")
+    for axis, groups, title in zip(axes[:2], (encoded, latent), titles, strict=True):
+        first = next(iter(groups.values()))
+        center = first.mean(0)
+        _, _, directions = np.linalg.svd(first - center, full_matrices=False)
+        for name, points in groups.items():
+            plane = (points - center) @ directions[:2].T
+            axis.plot(*plane.T, "o", markersize=3, alpha=0.7, color=COLORS[colors[name]], label=name)
+        axis.set(title=title, xlabel="first component", ylabel="second component")
+    for name, points in latent.items():
+        norms = np.sort(np.linalg.norm(points, axis=1))
+        share = (np.arange(len(norms)) + 1) / len(norms)
+        axes[2].step(norms, share, where="post", color=COLORS[colors[name]], label=name)
+    axes[2].axvline(np.sqrt(dimension), color=INK, linewidth=0.8, linestyle=":")
+    axes[2].set(title="norm of the flow latent", xlabel="norm", ylabel="share of images below")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(encoded))
+    return figure
+
+
+def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None) -> Figure:
+    """Rows of images with their names: samples of the prior, or the way along one latent direction.
+
+    Args:
+        rows: name -> (n, 3, h, w) in [0, 1], the same n for all.
+        columns: a title for each column.
+    """
+    counts = {len(images) for images in rows.values()}
+    if len(counts) != 1:
+        raise ValueError(f"every row needs the same number of images, got {sorted(counts)}")
+    (count,) = counts
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.1 * count + 0.8, 1.15 * len(rows) + 0.2), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=9)
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+    for axis, title in zip(axes[0], columns or [], strict=False):
+        axis.set_title(title, fontsize=9)
+    return figure
