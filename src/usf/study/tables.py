@@ -157,26 +157,34 @@ def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
 def prefer(records: Iterable[Record], **orders: Sequence[Any]) -> list[Record]:
     """Records with, for each detector, the first value in an order that it has records of; column after column.
 
+    ``epochs`` are chosen for each class of a detector.
+
     >>> found = prefer([example(profile="book"), example(profile="smoke")], profile=("full", "book", "smoke"))
     >>> [record.profile for record in found]
     ['book']
     """
     kept = list(records)
     for name, order in orders.items():
-        present = {(record.detector, getattr(record, name)) for record in select(kept, **{name: order})}
-        chosen = {
-            detector: min((v for d, v in present if d == detector), key=list(order).index) for detector, _ in present
-        }
-        kept = [r for r in kept if r.detector in chosen and getattr(r, name) == chosen[r.detector]]
+
+        def group(record: Record, name: str = name) -> tuple[str, ...]:
+            # A small class takes more epochs for the same number of steps, so that epochs are a choice of each class.
+            return (record.detector, record.dataset, record.category) if name == "epochs" else (record.detector,)
+
+        ranks = {value: rank for rank, value in enumerate(order)}
+        best: dict[tuple[str, ...], int] = {}
+        for record in select(kept, **{name: order}):
+            rank = ranks[getattr(record, name)]
+            best[group(record)] = min(rank, best.get(group(record), rank))
+        kept = [record for record in kept if ranks.get(getattr(record, name)) == best.get(group(record), -1)]
     return kept
 
 
 def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key, Cell]:
     """Cells of one metric: the runs of each model on each class.
 
-    Records of one detector and variant must differ in class and seed alone; where they do not (two sizes, two
-    protocols, ...), choose with :func:`select` first. A run whose metric was not measured (a class without masks) is
-    left out.
+    Records of one detector and variant must differ in class and seed alone, and classes perhaps in epochs; where they
+    do not (two sizes, two protocols, ...), choose with :func:`select` first. A run whose metric was not measured (a
+    class without masks) is left out.
 
     Raises:
         RecordError: an unknown metric, or records of one detector and variant that differ in more, naming in what.
@@ -184,7 +192,9 @@ def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key,
     if metric not in METRICS:
         raise RecordError(f"metric {metric!r}, expected one of {', '.join(METRICS)}")
     columns = [name for name in (*TRAINING, "score", "protocol") if name not in ("dataset", "category", "seed")]
+    columns.remove("epochs")
     settings: dict[tuple[str, str], tuple[Any, ...]] = {}
+    epochs: dict[Key, int] = {}
     found: dict[Key, list[Record]] = {}
     for record in records:
         same = tuple(getattr(record, name) for name in columns)
@@ -194,7 +204,10 @@ def collect(records: Iterable[Record], metric: str = "image_auroc") -> dict[Key,
                 f"{record.detector} {record.variant}: records with more than one {', '.join(differ)} "
                 f"({record.category}, seed {record.seed}); choose with select()"
             )
-        found.setdefault((record.dataset, record.category, record.detector, record.variant), []).append(record)
+        key: Key = (record.dataset, record.category, record.detector, record.variant)
+        if epochs.setdefault(key, record.epochs) != record.epochs:
+            raise RecordError(f"{' '.join(key)}: records with more than one epochs; choose with select()")
+        found.setdefault(key, []).append(record)
     cells = {}
     for key, group in found.items():
         if len({record.seed for record in group}) != len(group):
