@@ -311,7 +311,7 @@ def outcomes(rows: pd.DataFrame) -> dict[str, str]:
         return {}
     last = rows[rows["epoch"] == rows["epochs"]]
     areas = 100 * last.pivot_table(values="image_auroc", index=_TRAINING, columns="way")
-    stock = areas[[way for way in areas if way.startswith("stock")]]
+    stock = areas[[way for way in WAYS if way.startswith("stock")]]
     apart = float((stock.max(axis=1) - stock.min(axis=1)).max())
     one = rows[(rows["way"] == "stock, batches of 32") & (rows["coupling"] == "affine")].sort_values("epoch")
     grown = one.groupby(_TRAINING)["max_log_prob"].agg(lambda values: values.iloc[-1] - values.iloc[0])
