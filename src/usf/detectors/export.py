@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval as fold_into
 
 from usf.detectors.backbones import MCait
 from usf.detectors.coupling import SUBNET_SCALE, Block
@@ -301,8 +301,8 @@ def _fold_batch_norms(network: nn.Module) -> None:
             conv, norm = children[before], children[name]
             in_order = isinstance(parent, nn.Sequential) or before.replace("conv", "bn") == name
             if in_order and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                parent._modules[before] = fuse_conv_bn_eval(conv, norm)
-                parent._modules[name] = nn.Identity()
+                setattr(parent, before, fold_into(conv, norm))
+                setattr(parent, name, nn.Identity())
 
 
 def _fold_blocks(modules: Iterable[nn.Module]) -> nn.ModuleList:
