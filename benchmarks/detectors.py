@@ -12,6 +12,8 @@ formed within each repeat.
   epoch, checkpoints, 8 data-loader workers), then ``Engine.test``.
 * ``fast``: ``usf.study``: features extracted once, the flow trained on them, exact image and pixel AUROC at the end.
 * ``fast grid``: the same for three couplings and three seeds, on the same features.
+* ``networks`` (FastFlow): forward and backward of the coupling networks alone, on inputs of the right shapes. Both sides
+  need that arithmetic, so nobody's epoch is shorter.
 
 The stock model's own weights come from the network; here both sides get the same ones (``--weights``, by default the
 stated order of ``usf.detectors.backbones.resolve``; MCaiT has random ones unless given).
@@ -56,7 +58,7 @@ COLUMNS = [
     "revision", "settings_hash",
 ]
 # fmt: on
-SIDES = ("engine", "fast", "fast grid")
+SIDES = ("engine", "fast", "fast grid", "networks")
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -173,6 +175,55 @@ def run_fast(cell: dict[str, Any], folder: Path, *, grid: bool) -> dict[str, Any
     }
 
 
+def run_networks(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Forward and backward of the affine model's coupling networks, as often as its epochs need them, and nothing else.
+
+    Every network gets inputs of its own shape, which need a gradient as they do in training; no loss, no optimiser.
+    """
+    import torch
+
+    from usf.detectors import FlowOptions
+    from usf.detectors.coupling import Block
+    from usf.study import detection
+    from usf.study.images import read
+
+    weights = find_weights(cell)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    started = time.perf_counter()
+    model = detection.build(cell["detector"], cell["size"], weights, FlowOptions(**COUPLINGS[0]), seed=SEED).to(device)
+    images = len(read(folder).train)
+    batches = [min(BATCH, images - start) for start in range(0, images, BATCH)]
+    calls: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
+
+    def remember(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        calls.append((network, torch.rand_like(inputs[0]).requires_grad_(), torch.rand_like(output)))
+
+    handles = [m.subnet.register_forward_hook(remember) for m in model.modules() if isinstance(m, Block)]
+    for batch in batches:
+        features = model.features(torch.zeros(batch, 3, cell["size"], cell["size"], device=device))
+        for loss in model.losses(features):
+            loss.detach_()
+    for handle in handles:
+        handle.remove()
+    setup = time.perf_counter() - started
+    epochs_seconds: list[float] = []
+    for _ in range(cell["epochs"]):
+        begun = time.perf_counter()
+        for network, entry, gradient in calls:
+            network(entry).backward(gradient)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        epochs_seconds.append(time.perf_counter() - begun)
+    return {
+        "seconds": time.perf_counter() - started,
+        "setup_seconds": setup,
+        "epochs_seconds": epochs_seconds,
+        "models": 1,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
 def find_weights(cell: dict[str, Any]) -> Any:
     """The backbone's weights, the same on both sides."""
     from usf.detectors import backbones
@@ -195,6 +246,8 @@ def child(text: str) -> None:
     folder = Path(cell["folder"])
     if cell["side"] == "engine":
         found = run_engine(cell, folder)
+    elif cell["side"] == "networks":
+        found = run_networks(cell, folder)
     else:
         found = run_fast(cell, folder, grid=cell["side"] == "fast grid")
     print("RESULT " + json.dumps(found | {"peak_mb": peak_mb()}))
@@ -299,11 +352,12 @@ def run(
     for name in cells:
         cell: dict[str, Any] = CELLS[name] | (overrides or {}) | {"weights": weights}
         part = chosen.subset(train=cell["train"], per_kind=cell["per_kind"])
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        own_sides = [side for side in sides if side != "networks" or name == "FastFlow"]
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in own_sides}
         with tempfile.TemporaryDirectory() as scratch:
             folder = copied(part, Path(scratch))
             for repeat in range(repeats):
-                for side in sides if repeat % 2 == 0 else reversed(sides):
+                for side in own_sides if repeat % 2 == 0 else reversed(own_sides):
                     found[side].append(measure(cell | {"folder": str(folder), "side": side}))
                     print(f"{name} {side}: {found[side][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
         shared = {
@@ -313,7 +367,7 @@ def run(
             "images": f"{part.name}: {part.source}",
             "manifest_sha256": part.manifest.sha256[:12],
             "revision": provenance["revision"],
-            "settings_hash": records.settings_hash(cell | {"seed": SEED, "batch": BATCH, "sides": list(sides)}),
+            "settings_hash": records.settings_hash(cell | {"seed": SEED, "batch": BATCH, "sides": own_sides}),
         }
         rows += [row | shared for row in summary(name, cell, found)]
         records.write_csv(out, rows, COLUMNS, digits=4)
