@@ -12,8 +12,8 @@ formed within each repeat.
   epoch, checkpoints, 8 data-loader workers), then ``Engine.test``.
 * ``fast``: ``usf.study``: features extracted once, the flow trained on them, exact image and pixel AUROC at the end.
 * ``fast grid``: the same for three couplings and three seeds, on the same features.
-* ``networks`` (FastFlow): forward and backward of the coupling networks alone, on inputs of the right shapes. Both sides
-  need that arithmetic, so nobody's epoch is shorter.
+* ``networks`` (FastFlow): forward and backward of the coupling networks alone, on inputs of the right shapes. Both
+  sides need that arithmetic, so nobody's epoch is shorter.
 
 The stock model's own weights come from the network; here both sides get the same ones (``--weights``, by default the
 stated order of ``usf.detectors.backbones.resolve``; MCaiT has random ones unless given).
