@@ -263,6 +263,7 @@ def run_cell(
     device: str | None = None,
     retry_failed: bool = False,
     progress: bool = True,
+    elsewhere: Sequence[Record] = (),
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[Record]:
     """Train and score all models of a cell that have no records yet, one file of records each.
@@ -280,6 +281,8 @@ def run_cell(
         device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
         retry_failed: train again what has failed before.
         progress: show bars.
+        elsewhere: records that another study has on file. A training that is among them, of the same images and weights
+            of the backbone, is not repeated, and gets no file here.
         on_outcome: called after each training, with its curves and maps, and for each that was on record already.
 
     Returns:
@@ -293,9 +296,8 @@ def run_cell(
         raise ValueError(f"the images are of {images.name}, the cell is about {cell.category}")
     images = images.subset(cell.train_images, cell.per_kind)
     weights = weights or backbones.resolve(backbone=cell.backbone, layers=cell.layers)
-    run = _Run(
-        cell, images, folder, weights, cache, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress
-    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = _Run(cell, images, folder, weights, cache, device, progress, elsewhere)
     found: list[Record] = []
     jobs = [(variant, seed) for seed in cell.seeds for variant in cell.variants]
     for number, (variant, seed) in enumerate(jobs, start=1):
@@ -322,10 +324,14 @@ class _Run:
         cache: Path | None,
         device: str,
         progress: bool,
+        elsewhere: Sequence[Record] = (),
     ) -> None:
         self.cell, self.images, self.folder, self.weights = cell, images, folder, weights
         self.cache, self.device, self.progress = cache, device, progress
         self.settings = cell.settings()
+        self.elsewhere: dict[tuple[Any, ...], list[Record]] = {}
+        for record in elsewhere:
+            self.elsewhere.setdefault(_same(record), []).append(record)
         self.shared: tuple[Features, Features] | None = None
         self.masks: NDArray[Any] | None = None
         self.seconds_features = 0.0
@@ -379,10 +385,9 @@ class _Run:
 
     def known(self, variant: Variant, seed: int, retry_failed: bool) -> list[Record] | None:
         """The records of a training, where they are all on file; else ``None``."""
-        path = self.folder / schema.file_name(self.row(variant, seed))
-        if not path.is_file():
-            return None
-        records = schema.read(path)
+        training = self.row(variant, seed)
+        path = self.folder / schema.file_name(training)
+        records = schema.read(path) if path.is_file() else self.elsewhere.get(_same(training), [])
         main = {record.score: record for record in records if record.protocol == self.cell.protocol}
         if not set(self.cell.scores) <= set(main):
             return None
@@ -604,6 +609,11 @@ class _Memory:
 def _finite(value: float) -> float | None:
     """A record has an empty cell where a number is not finite."""
     return value if math.isfinite(value) else None
+
+
+def _same(record: Record) -> tuple[Any, ...]:
+    """Equal for records of one training, on the same images and with the same backbone."""
+    return *record.training, record.weights_sha256, record.manifest_sha256
 
 
 def _layers(weights: Weights) -> str:

@@ -85,13 +85,14 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("affine", "permutation"),
+        Variant("affine", "lu"),
         Variant("additive", "permutation"),
         Variant("additive", "lu"),
         Variant("gin", "permutation"),
         Variant("gin", "lu"),
     )
 }
-"""Every variant by its name. Affine with LU is not among them: the paper could not train it (section 6)."""
+"""Every variant by its name. Affine with LU is the one that the paper could not train (section 6)."""
 
 PAPER = (VARIANTS["affine"], VARIANTS["additive-lu"])
 """The two columns of the paper's tables: base flow and uniformly scaling flow."""
@@ -297,9 +298,9 @@ def status(chosen: Grid, where: Path) -> list[Row]:
     Raises:
         RecordError: a record that does not fit the schema.
     """
-    from usf.study import tables
+    from usf.study import schema
 
-    records = tables.read(where / "records") if (where / "records").is_dir() else []
+    records = schema.read(where / "records") if (where / "records").is_dir() else []
     outcomes: dict[tuple[str, str, str, str, str, int], tuple[str, str]] = {}
     for record in records:
         key = (record.dataset, record.category, record.detector, record.coupling, record.mixing, record.seed)
@@ -360,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = status(chosen, where)
     _write(rows, where / "status.csv")
     if (where / "records").is_dir():
-        from usf.study.tables import merge
+        from usf.study.schema import merge
 
         merge(where / "records", where / "records.csv")
     print(*_report(chosen, rows), sep="\n")

@@ -52,7 +52,10 @@ class Claim:
         return f"{runs}, {self.failed} failed" if self.failed else runs
 
 
-TRAINING = ("dataset", "category", "detector", "coupling", "mixing", "settings", "seed")
+TRAINING = (
+    "dataset", "category", "detector", "coupling", "mixing", "loss", "train_layer_norm", "match_parameters", "epochs",
+    "settings", "seed",
+)  # fmt: skip
 """Columns that name a training in records with one row a score (``usf.study.schema``)."""
 
 
@@ -70,7 +73,7 @@ def count_records(folder: Path, pattern: str) -> tuple[int, int]:
             for row in csv.DictReader(stream):
                 fine = row.get("status", "ok") == "ok"
                 if "score" in row and "settings" in row:
-                    key = tuple(row[name] for name in TRAINING)
+                    key = tuple(row.get(name, "") for name in TRAINING)
                     runs[key] = runs.get(key, True) and fine
                 else:
                     rows += 1
