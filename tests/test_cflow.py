@@ -24,6 +24,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
+from helpers import disturb, name
 from usf import paths
 from usf.detectors import Block, Cflow, CflowModel, FlowOptions, backbones, fibres, resolve
 from usf.detectors.coupling import building_with
@@ -45,18 +46,6 @@ ALL = [
 ]
 UNIFORM = [options for options in ALL if options.is_uniformly_scaling]
 WEIGHTS = resolve("random", announce=None)
-
-
-def name(options: FlowOptions) -> str:
-    return f"{options.coupling}-{options.mixing}-{options.diagonal}-{'scale' if options.global_scale else 'noscale'}"
-
-
-def disturb(module: nn.Module, scale: float = 0.05) -> None:
-    """Away from the initial values, where many maps are trivial."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
 def model(options: FlowOptions, **kwargs: object) -> CflowModel:

@@ -23,6 +23,7 @@ from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.models import Fastflow as StockFastflow
 
+import helpers
 from usf.detectors import Fastflow, FastflowModel, FlowOptions, Uflow, UflowModel, backbones, resolve
 from usf.detectors.cflow import Cflow, CflowModel
 from usf.detectors.coupling import Block
@@ -42,17 +43,10 @@ OPTIONS = [
 ]
 
 
-def name(options: FlowOptions) -> str:
-    matched = "-matched" if options.match_parameters else ""
-    return f"{options.coupling}-{options.mixing}-{options.diagonal}{matched}"
-
-
-def disturb(network: nn.Module, scale: float = 0.02) -> None:
+def disturb(network: nn.Module) -> None:
     """Away from the initial values, where many maps are trivial; batch norms too, whose statistics are buffers."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    helpers.disturb(network, 0.02)
+    generator = torch.Generator().manual_seed(6)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -84,7 +78,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["fastflow", "cflow", "uflow"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("options", OPTIONS, ids=helpers.name)
 def test_inference_copy_has_the_same_maps(
     kind: str, options: FlowOptions, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from timm.models.cait import Cait
 
+from helpers import disturb, name
 from usf.detectors import FlowOptions, Uflow, UflowModel, backbones, resolve
 from usf.detectors.model import Latents, Loss
 from usf.study import detection, textures
@@ -41,18 +42,6 @@ UNIFORM = [
     FlowOptions(coupling="gin", mixing="permutation"),
 ]
 WEIGHTS = resolve("random", announce=None)
-
-
-def name(options: FlowOptions) -> str:
-    return f"{options.coupling}-{options.mixing}-{options.diagonal}-{'scale' if options.global_scale else 'noscale'}"
-
-
-def disturb(module: nn.Module, scale: float = 0.05) -> None:
-    """Away from the initial values, where many maps are trivial."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
 def model(options: FlowOptions, size: tuple[int, int] = (SIZE, SIZE), **kwargs: Any) -> UflowModel:
