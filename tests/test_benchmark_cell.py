@@ -19,12 +19,12 @@ pytest.importorskip("anomalib", reason="needs the detectors extra")
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
-from usf.study import benchmark, detection, features, tables, textures
+from usf.study import benchmark, detection, features, schema, textures
 from usf.study.benchmark import Cell, Outcome, find_images, run_cell
 from usf.study.grid import VARIANTS
 from usf.study.images import ImageFolder, read
 from usf.study.records import settings_hash
-from usf.study.tables import Record
+from usf.study.schema import Record
 
 AFFINE, USF = VARIANTS["affine"], VARIANTS["additive-lu"]
 SCORES = ("norm", "log_prob", "anomalib")
@@ -85,12 +85,12 @@ def test_every_model_and_score_is_a_row_and_nothing_runs_twice(
     assert all(r.status == "ok" and r.protocol == "main" and r.epoch == r.epochs_run == 2 for r in records)
     assert len(list(tmp_path.iterdir())) == 4
     assert all(path.suffix == ".json" and not path.name.startswith(".") for path in tmp_path.iterdir())
-    assert numbers(tables.read(tmp_path)) == numbers(records)
+    assert numbers(schema.read(tmp_path)) == numbers(records)
     first = records[0]
     assert (first.steps, first.train_images, first.test_images, first.test_anomalous) == (4, 6, 8, 7)
     assert first.weights_sha256 == weights.sha256[:16]
     assert first.manifest_sha256 == images.manifest.sha256[:16]
-    assert first.settings == settings_hash(cell.settings()) in tables.read_settings(tmp_path)
+    assert first.settings == settings_hash(cell.settings()) in schema.read_settings(tmp_path)
     assert first.memory_mb is None or first.memory_mb > 50
     assert first.train_nll is not None
     assert len({r.initial_sha256 for r in records}) == 4
@@ -164,7 +164,7 @@ def test_a_model_that_fails_is_a_row_and_the_others_go_on(
     retried = run_cell(cell, images, tmp_path, weights=weights, progress=False, retry_failed=True)
     assert builds.count == 1
     assert all(r.status == "ok" for r in retried)
-    assert all(r.status == "ok" for r in tables.read(tmp_path))
+    assert all(r.status == "ok" for r in schema.read(tmp_path))
 
 
 def test_a_failure_between_epochs_says_how_far_it_came(
@@ -230,7 +230,7 @@ def test_trace_scores_on_the_way_and_changes_nothing(images: ImageFolder, weight
     names = [path.name for path in (tmp_path / "plain").iterdir()]
     assert names == [path.name for path in (tmp_path / "traced").iterdir()], "the same training"
     run_cell(small(variants=(USF,), trace=(1,)), images, tmp_path / "plain", weights=weights, progress=False)
-    assert {r.protocol for r in tables.read(tmp_path / "plain")} == {"main", "trace"}
+    assert {r.protocol for r in schema.read(tmp_path / "plain")} == {"main", "trace"}
 
 
 def test_the_papers_protocol_selects_on_test_images_and_its_rows_say_so(
@@ -352,7 +352,7 @@ def test_killed_from_outside_it_loses_one_training_at_most(
     assert code == (143 if how == signal.SIGTERM else -signal.SIGKILL)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert 2 <= len(done) < 42
-    records = tables.read(out)  # whole records, every one
+    records = schema.read(out)  # whole records, every one
     assert len(records) == 3 * len(done)
     # What goes on afterwards leaves the finished ones alone, and needs no clearing up.
     seeds = {record.seed for record in records}
@@ -373,7 +373,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         second = capsys.readouterr().out
         assert "additive seed 0, norm: image AUROC" in first
         assert second.count("(on record)") == 3
-        assert len(tables.read(tmp_path / "records")) == 6
+        assert len(schema.read(tmp_path / "records")) == 6
         broken = command(tmp_path / "broken", "--epochs", "1", "--lr", "1e30", "--variants", "affine")[3:]
         assert benchmark.main(broken) == 1
         assert "failed: NotFiniteError: " in capsys.readouterr().out

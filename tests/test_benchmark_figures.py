@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from usf.plots import benchmark
-from usf.study import paper, tables
+from usf.study import paper, schema, tables
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def _drawn(figure: Figure, marker: str) -> int:
 
 def _cells() -> dict[str, dict[tables.Key, tables.Cell]]:
     records = [
-        tables.example(category=c, coupling=k, mixing=m, seed=s, image_auroc=0.9 + 0.01 * s, pixel_auroc=0.95)
+        schema.example(category=c, coupling=k, mixing=m, seed=s, image_auroc=0.9 + 0.01 * s, pixel_auroc=0.95)
         for c in ("bottle", "pill")
         for k, m in (("affine", "permutation"), ("additive", "lu"), ("gin", "lu"))
         for s in range(3)
@@ -76,7 +76,7 @@ def test_measured_draws_each_variant_and_the_papers_value_where_there_is_one() -
 
 def test_over_epochs_has_a_line_a_training_and_one_a_variant() -> None:
     records = [
-        tables.example(protocol="trace", epoch=epoch, seed=seed, coupling=coupling, image_auroc=0.9 + 0.01 * epoch)
+        schema.example(protocol="trace", epoch=epoch, seed=seed, coupling=coupling, image_auroc=0.9 + 0.01 * epoch)
         for epoch in (1, 2)
         for seed in (0, 1, 2)
         for coupling in ("additive", "gin")
@@ -87,6 +87,6 @@ def test_over_epochs_has_a_line_a_training_and_one_a_variant() -> None:
     thick = [line for line in axis.get_lines() if line.get_linewidth() == 2.0]
     assert list(thick[0].get_ydata()) == pytest.approx([91.0, 92.0])
     with pytest.raises(ValueError, match="protocol trace"):
-        benchmark.over_epochs([tables.example()])
+        benchmark.over_epochs([schema.example()])
     with pytest.raises(ValueError, match="one score"):
-        benchmark.over_epochs([*records, tables.example(protocol="trace", score="anomalib")])
+        benchmark.over_epochs([*records, schema.example(protocol="trace", score="anomalib")])

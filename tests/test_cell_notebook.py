@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from usf.study import grid, tables
+from usf.study import grid, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "book" / "runs" / "cell.md"
@@ -47,7 +47,7 @@ def figures(notebook: Any) -> int:
 def test_one_cell_by_hand_and_again(tmp_path: Path) -> None:
     code, notebook = run(tmp_path, variants="affine additive-lu", seeds="1")
     assert code == 0, text(notebook)
-    records = tables.read(tmp_path / "records")
+    records = schema.read(tmp_path / "records")
     assert {(r.coupling, r.mixing, r.seed) for r in records} == {("affine", "permutation", 1), ("additive", "lu", 1)}
     assert {r.status for r in records} == {"ok"}
     assert {r.score for r in records} == {"norm", "log_prob", "anomalib"}

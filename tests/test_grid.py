@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usf.study import grid, tables
+from usf.study import grid, schema
 from usf.study.grid import Training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,9 +93,9 @@ def test_engine_can_read_the_grid_without_torch() -> None:
 # --- what is done -----------------------------------------------------------------------------------------------------
 
 
-def record_of(training: Training, **changes: object) -> tables.Record:
+def record_of(training: Training, **changes: object) -> schema.Record:
     dataset, category, detector, coupling, mixing, seed = training.key
-    return tables.example(
+    return schema.example(
         dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed, **changes
     )
 
@@ -103,8 +103,8 @@ def record_of(training: Training, **changes: object) -> tables.Record:
 def test_every_training_is_done_failed_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = grid.grid("textures")
     done, diverged = found.cells[0].trainings[:2]
-    tables.write_records([record_of(done, score=score) for score in ("norm", "log_prob")], tmp_path / "records")
-    tables.write_records([record_of(diverged, status="failed", error="the loss is nan")], tmp_path / "records")
+    schema.write_records([record_of(done, score=score) for score in ("norm", "log_prob")], tmp_path / "records")
+    schema.write_records([record_of(diverged, status="failed", error="the loss is nan")], tmp_path / "records")
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / f"{found.cells[1].name}.json").write_text(json.dumps({"error": "killed by SIGKILL"}))
 
@@ -120,17 +120,17 @@ def test_every_training_is_done_failed_or_missing(tmp_path: Path, capsys: pytest
     with (tmp_path / "status.csv").open(newline="") as stream:
         listed = list(csv.DictReader(stream))
     assert [row["status"] for row in listed] == [rows[t].status for t in found.trainings]
-    assert len(tables.read(tmp_path / "records.csv")) == 3
+    assert len(schema.read(tmp_path / "records.csv")) == 3
 
 
 def test_one_failed_score_makes_a_training_failed(tmp_path: Path) -> None:
     training = grid.grid("textures").trainings[0]
     good, bad = record_of(training, score="norm"), record_of(training, score="log_prob", status="failed", error="nan")
-    tables.write_records([good, bad], tmp_path / "records")
+    schema.write_records([good, bad], tmp_path / "records")
     assert grid.status(grid.grid("textures"), tmp_path)[0].status == "failed"
 
 
 def test_a_grid_that_is_done_is_a_success(tmp_path: Path) -> None:
     for training in grid.grid("textures").trainings:
-        tables.write_records([record_of(training)], tmp_path / "records")
+        schema.write_records([record_of(training)], tmp_path / "records")
     assert grid.main(["status", "textures", "--folder", str(tmp_path)]) == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from usf.study import jobs, tables
+from usf.study import jobs, schema
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="orphans are found through Linux's process control")
 
@@ -225,14 +225,14 @@ def test_an_interrupted_write_is_no_record(moment: str, tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from usf.study import tables
+from usf.study import schema
 {moment} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-tables.write_records([tables.example(seed=1)], Path({str(tmp_path)!r}))
+schema.write_records([schema.example(seed=1)], Path({str(tmp_path)!r}))
 """
-    tables.write_records([tables.example(seed=0)], tmp_path)
+    schema.write_records([schema.example(seed=0)], tmp_path)
     assert subprocess.run(python(code)).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2, "the half-written file is there, under a name that is none of a record"
-    assert [record.seed for record in tables.read(tmp_path)] == [0]
-    assert not (tmp_path / tables.file_name(tables.example(seed=1))).exists()
-    tables.write_records([tables.example(seed=1)], tmp_path)
-    assert [record.seed for record in tables.read(tmp_path)] == [0, 1]
+    assert [record.seed for record in schema.read(tmp_path)] == [0]
+    assert not (tmp_path / schema.file_name(schema.example(seed=1))).exists()
+    schema.write_records([schema.example(seed=1)], tmp_path)
+    assert [record.seed for record in schema.read(tmp_path)] == [0, 1]

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usf.study import paper, status, tables
+from usf.study import paper, schema, status, tables
 from usf.study.records import settings_hash
-from usf.study.tables import Record, RecordError, example
+from usf.study.schema import Record, RecordError, example
 
 REQUIRED = (
     "dataset category detector coupling mixing loss score protocol seed status image_auroc pixel_auroc seconds hardware"
@@ -26,7 +26,7 @@ REQUIRED = (
 
 def _csv_with(path: Path, **cells: str) -> Path:
     """A file of one good and one changed row, written by hand."""
-    good = tables.merge(tables.write_records([example()], path.parent / "one").parent, path.parent / "good.csv")
+    good = schema.merge(schema.write_records([example()], path.parent / "one").parent, path.parent / "good.csv")
     with good.open(newline="") as stream:
         row = next(csv.DictReader(stream))
     with path.open("w", newline="") as stream:
@@ -41,10 +41,10 @@ def _csv_with(path: Path, **cells: str) -> Path:
 
 
 def test_schema_has_the_columns_that_were_asked_for() -> None:
-    assert set(REQUIRED) <= set(tables.COLUMNS)
-    assert len(set(tables.COLUMNS)) == len(tables.COLUMNS)
+    assert set(REQUIRED) <= set(schema.COLUMNS)
+    assert len(set(schema.COLUMNS)) == len(schema.COLUMNS)
     documented = Record.__doc__ or ""
-    assert [name for name in tables.COLUMNS if name not in documented] == []
+    assert [name for name in schema.COLUMNS if name not in documented] == []
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_records_come_back_as_they_were(
         example(category=category, score="anomalib", weights_sha256=digest, revision="12345678", global_scale=True),
     ]
     failed = example(category=category, seed=1, status="failed", error=error)
-    tables.write_records(records, folder / "new")
-    tables.write_records([failed], folder / "new")
-    expected = tables.latest([*records, failed])
-    assert tables.read(folder / "new") == expected
-    assert tables.read(tables.merge(folder / "new", folder / "all.csv")) == expected
+    schema.write_records(records, folder / "new")
+    schema.write_records([failed], folder / "new")
+    expected = schema.latest([*records, failed])
+    assert schema.read(folder / "new") == expected
+    assert schema.read(schema.merge(folder / "new", folder / "all.csv")) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,84 +154,84 @@ def test_records_come_back_as_they_were(
 )
 def test_a_bad_csv_names_file_row_and_column(tmp_path: Path, cells: dict[str, str], message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        tables.read(_csv_with(tmp_path / "r.csv", **cells))
+        schema.read(_csv_with(tmp_path / "r.csv", **cells))
 
 
 def test_a_csv_of_another_shape_is_refused(tmp_path: Path) -> None:
     path = _csv_with(tmp_path / "r.csv")
     whole = path.read_text()
-    assert len(tables.read(path)) == 2
+    assert len(schema.read(path)) == 2
     path.write_text(whole[: whole.rindex(",")] + "\n")
     with pytest.raises(RecordError, match="row 3, column initial_sha256: the row ends before it"):
-        tables.read(path)
+        schema.read(path)
     path.write_text(whole.rstrip("\n") + ",surplus\n")
     with pytest.raises(RecordError, match="unknown column <beyond the last column>"):
-        tables.read(path)
+        schema.read(path)
     header, rest = whole.split("\n", 1)
     path.write_text(header.replace("seconds,", "duration,", 1) + "\n" + rest)
     with pytest.raises(RecordError, match="no column seconds"):
-        tables.read(path)
+        schema.read(path)
 
 
 def test_a_bad_json_is_named(tmp_path: Path) -> None:
-    path = tables.write_records([example()], tmp_path)
+    path = schema.write_records([example()], tmp_path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content)[:-20])
     with pytest.raises(RecordError, match=rf"{path.name}: not JSON .*run the cell again"):
-        tables.read(tmp_path)
+        schema.read(tmp_path)
     content["records"][0]["coupling"] = "spline"
     path.write_text(json.dumps(content))
     with pytest.raises(RecordError, match=rf"{path.name} row 1, column coupling"):
-        tables.read(tmp_path)
+        schema.read(tmp_path)
     path.write_text("[]")
     with pytest.raises(RecordError, match="no list 'records'"):
-        tables.read(tmp_path)
+        schema.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="run a cell"):
-        tables.read(tmp_path / "none")
+        schema.read(tmp_path / "none")
 
 
 def test_what_one_file_may_hold(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="no records"):
-        tables.write_records([], tmp_path)
+        schema.write_records([], tmp_path)
     with pytest.raises(RecordError, match="several trainings"):
-        tables.write_records([example(seed=0), example(seed=1)], tmp_path)
+        schema.write_records([example(seed=0), example(seed=1)], tmp_path)
     with pytest.raises(RecordError, match="same score"):
-        tables.write_records([example(), example(image_auroc=0.7)], tmp_path)
+        schema.write_records([example(), example(image_auroc=0.7)], tmp_path)
     with pytest.raises(RecordError, match="column settings"):
-        tables.write_records([example()], tmp_path, settings={"lr": 1e-3})
+        schema.write_records([example()], tmp_path, settings={"lr": 1e-3})
     assert not list(tmp_path.iterdir())
-    path = tables.write_records([example()], tmp_path, settings={})
-    assert path == tmp_path / tables.file_name(example())
-    assert tables.file_name(example(score="anomalib", image_auroc=0.1)) == path.name  # what was trained, not how it did
-    assert tables.file_name(example(seed=1)) != path.name
+    path = schema.write_records([example()], tmp_path, settings={})
+    assert path == tmp_path / schema.file_name(example())
+    assert schema.file_name(example(score="anomalib", image_auroc=0.1)) == path.name  # what was trained, not how it did
+    assert schema.file_name(example(seed=1)) != path.name
 
 
 def test_the_latest_record_counts(tmp_path: Path) -> None:
     first = example(status="failed", started="2026-01-01T00:00:00Z")
     again = example(image_auroc=0.9, started="2026-01-02T00:00:00Z")
-    assert tables.latest([again, first]) == [again]
+    assert schema.latest([again, first]) == [again]
     target = tmp_path / "all.csv"
-    tables.write_records([first], tmp_path / "a")
-    tables.merge(tmp_path / "a", target)
+    schema.write_records([first], tmp_path / "a")
+    schema.merge(tmp_path / "a", target)
     assert status.count_records(tmp_path, "all.csv") == (0, 1)
-    tables.write_records([again], tmp_path / "a")  # the repeated training replaces its file
-    tables.merge(tmp_path / "a", target)
-    assert tables.read(target) == [again]
+    schema.write_records([again], tmp_path / "a")  # the repeated training replaces its file
+    schema.merge(tmp_path / "a", target)
+    assert schema.read(target) == [again]
     assert status.count_records(tmp_path, "all.csv") == (1, 0)
 
 
 def test_merging_keeps_adds_and_repeats_to_the_same_bytes(tmp_path: Path) -> None:
     target, chosen = tmp_path / "out" / "all.csv", {"lr": 1e-3}
     label = settings_hash(chosen)
-    tables.write_records([example(seed=0, settings=label)], tmp_path / "a", settings=chosen)
-    tables.merge(tmp_path / "a", target)
-    tables.write_records([example(seed=1)], tmp_path / "b")
-    tables.merge(tmp_path / "b", target)
+    schema.write_records([example(seed=0, settings=label)], tmp_path / "a", settings=chosen)
+    schema.merge(tmp_path / "a", target)
+    schema.write_records([example(seed=1)], tmp_path / "b")
+    schema.merge(tmp_path / "b", target)
     once = target.read_bytes()
-    assert [record.seed for record in tables.read(target)] == [0, 1]
-    assert tables.read_settings(target) == {label: chosen}
-    tables.merge(tmp_path / "b", target)
-    tables.merge(target.parent, target)
+    assert [record.seed for record in schema.read(target)] == [0, 1]
+    assert schema.read_settings(target) == {label: chosen}
+    schema.merge(tmp_path / "b", target)
+    schema.merge(target.parent, target)
     assert target.read_bytes() == once
     assert len(once) / 3 < 600  # compact: the header and two rows
 
@@ -240,7 +240,7 @@ def _write_many(folder: str, start: int) -> None:
     for repeat in range(6):
         for seed in range(start, start + 5):
             rows = [example(seed=seed, score=score, steps=repeat) for score in ("norm", "log_prob", "anomalib")]
-            tables.write_records(rows, Path(folder))
+            schema.write_records(rows, Path(folder))
 
 
 def test_a_reader_sees_whole_records_while_others_write(tmp_path: Path) -> None:
@@ -250,35 +250,35 @@ def test_a_reader_sees_whole_records_while_others_write(tmp_path: Path) -> None:
         writer.start()
     looks = 0
     while any(writer.is_alive() for writer in writers) or not looks:
-        records = tables.read(tmp_path)
+        records = schema.read(tmp_path)
         looks += 1
         for seed in {record.seed for record in records}:
             assert sum(record.seed == seed for record in records) == 3
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert len(tables.read(tmp_path)) == 8 * 3
+    assert len(schema.read(tmp_path)) == 8 * 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_killed_writer_leaves_no_record(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from usf.study import tables\n"
+        "import os, sys; from pathlib import Path; from usf.study import schema\n"
         "os.replace = lambda *a: os.kill(os.getpid(), 9)\n"  # at the worst moment: written, not yet in place
-        "tables.write_records([tables.example()], Path(sys.argv[1]))"
+        "schema.write_records([schema.example()], Path(sys.argv[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -9
     assert list(tmp_path.iterdir())  # the unfinished file is there,
-    assert tables.read(tmp_path) == []  # and is no record
-    tables.write_records([example()], tmp_path)
-    assert len(tables.read(tmp_path)) == 1
+    assert schema.read(tmp_path) == []  # and is no record
+    schema.write_records([example()], tmp_path)
+    assert len(schema.read(tmp_path)) == 1
 
 
 def test_writing_needs_neither_pandas_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from usf.study import tables\n"
-        "tables.merge(tables.write_records([tables.example()], Path(sys.argv[1])).parent, Path(sys.argv[1], 'a.csv'))\n"
+        "import sys; from pathlib import Path; from usf.study import schema\n"
+        "schema.merge(schema.write_records([schema.example()], Path(sys.argv[1])).parent, Path(sys.argv[1], 'a.csv'))\n"
         "assert not {'pandas', 'torch'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -454,7 +454,7 @@ def test_frame_is_in_percent() -> None:
     table = tables.frame(_grid())
     assert table["pixel_auroc"].unique() == pytest.approx([97.0])
     assert set(table["variant"]) == {"affine", "additive + LU"}
-    assert list(tables.frame([]).columns) == [*tables.COLUMNS, "variant"]
+    assert list(tables.frame([]).columns) == [*schema.COLUMNS, "variant"]
 
 
 def test_scores_are_compared_on_the_same_models() -> None:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from usf.study import grid, jobs, tables
+from usf.study import grid, jobs, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 SNAKEMAKE = ROOT / ".venv-workflow" / "bin" / "snakemake"
@@ -38,7 +38,7 @@ import os
 import time
 from pathlib import Path
 
-from usf.study import grid, jobs, tables
+from usf.study import grid, jobs, schema
 
 jobs.die_with_parent()
 where = Path(folder)
@@ -57,16 +57,16 @@ with jobs.hold(where / "locks" / f"{cell.name}.lock"):
     done = 0
     for training in cell.trainings:
         dataset, category, detector, coupling, mixing, seed = training.key
-        record = tables.example(
+        record = schema.example(
             dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed
         )
-        if (where / "records" / tables.file_name(record)).exists():
+        if (where / "records" / schema.file_name(record)).exists():
             continue
-        name = tables.file_name(record)
+        name = schema.file_name(record)
         say("begin", name, os.getpid())
         # So long that a training that should have been killed is seen.
         time.sleep(600 if done and os.environ.get("USF_TEST_HANG") else 0.3)
-        tables.write_records([record], where / "records")
+        schema.write_records([record], where / "records")
         say("end", name, os.getpid())
         done += 1
 """
@@ -148,7 +148,7 @@ class Engine:
         """Names of the trainings that have a record; reading them checks each."""
         if not (self.folder / "records").is_dir():
             return set()
-        return {tables.file_name(record) for record in tables.read(self.folder / "records")}
+        return {schema.file_name(record) for record in schema.read(self.folder / "records")}
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from usf.plots.theme import COLORS, INK
 from usf.study import paper, statistics, tables
-from usf.study.tables import Cell, Key, Record
+from usf.study.schema import Record
+from usf.study.tables import Cell, Key
 
 __all__ = [
     "class_differences",

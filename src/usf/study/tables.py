@@ -3,8 +3,9 @@
 :func:`collect` turns records into cells, one a model and class with its runs; :func:`beside`, :func:`summary`,
 :func:`agreement` and :func:`comparison` turn cells into tables, :func:`by_score`, :func:`protocol_gain`,
 :func:`failures` and :func:`cost` records. What was not run says so; what failed is counted. The records themselves are
-those of :mod:`usf.study.schema`, whose names can be had from here as well.
+those of :mod:`usf.study.schema`.
 
+>>> from usf.study.schema import example
 >>> records = [example(category="pill", seed=seed, image_auroc=0.90 + 0.01 * seed) for seed in range(3)]
 >>> print(collect(records)["mvtec", "pill", "fastflow", "additive + LU"])
 91.0±1.0 (3)
@@ -17,31 +18,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from usf.study.schema import (
-    COLUMNS,
-    ERROR_LENGTH,
-    METRICS,
-    TRAINING,
-    Coupling,
-    Detector,
-    Device,
-    Diagonal,
-    Loss,
-    Mixing,
-    Profile,
-    Protocol,
-    Record,
-    RecordError,
-    Score,
-    Status,
-    example,
-    file_name,
-    latest,
-    merge,
-    read,
-    read_settings,
-    write_records,
-)
+from usf.study.schema import COLUMNS, METRICS, TRAINING, Coupling, Record, RecordError, Score, file_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,46 +26,23 @@ if TYPE_CHECKING:
 # pandas is imported where a table is made: whoever only writes or reads records needs nothing beyond Python.
 
 __all__ = [
-    "COLUMNS",
-    "ERROR_LENGTH",
     "FLOW_NAMES",
     "METRIC",
-    "METRICS",
-    "TRAINING",
     "VARIANTS",
     "Cell",
-    "Coupling",
-    "Detector",
-    "Device",
-    "Diagonal",
-    "Loss",
-    "Mixing",
-    "Profile",
-    "Protocol",
-    "Record",
-    "RecordError",
-    "Score",
-    "Status",
     "agreement",
     "beside",
     "by_score",
     "collect",
     "comparison",
     "cost",
-    "example",
     "failures",
-    "file_name",
     "frame",
-    "latest",
-    "merge",
     "model_order",
     "prefer",
     "protocol_gain",
-    "read",
-    "read_settings",
     "select",
     "summary",
-    "write_records",
 ]
 
 NOT_RUN = "not run"
@@ -145,6 +99,7 @@ def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
     Raises:
         RecordError: a name that is no column.
 
+    >>> from usf.study.schema import example
     >>> len(select([example(seed=0), example(seed=1)], seed=(1, 2), score="norm"))
     1
     """
@@ -159,6 +114,7 @@ def prefer(records: Iterable[Record], **orders: Sequence[Any]) -> list[Record]:
 
     ``epochs`` are chosen for each class of a detector.
 
+    >>> from usf.study.schema import example
     >>> found = prefer([example(profile="book"), example(profile="smoke")], profile=("full", "book", "smoke"))
     >>> [record.profile for record in found]
     ['book']
