@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from usf.flows import MLP, AdditiveCoupling, AffineCoupling, Bijection, Chain, Flow, LULinear, Sandwich
 from usf.study import records
 from usf.study.targets import paper_mixture
-from usf.study.training import fit
+from usf.training import fit
 
 BLOCKS, HIDDEN, LR, SEED = 4, (64, 64), 1e-3, 0
 TRAIN_SAMPLES, EPOCHS, TEST_SAMPLES = 1024, 2, 2048

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from usf.flows import GaussianBase, NonUSFlow, USFlow
 from usf.study.collapse import Trace, rescaled, scale_free_objective, squared_distance, weighted_loss
-from usf.study.training import fit
+from usf.training import fit
 
 
 def make(shape: tuple[int, ...] = (3,), center: float | torch.Tensor = 0.7, seed: int = 0) -> USFlow:

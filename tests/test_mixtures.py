@@ -18,7 +18,7 @@ from usf.flows import NonUSFlow, USFlow
 from usf.study import limits, mixtures, records
 from usf.study.mixtures import Study, Trial
 from usf.study.stacked import fit_stacked
-from usf.study.training import fit
+from usf.training import fit
 
 TINY = Study(
     dims=(2,), trials=2, train=600, val=100, test=200, epochs=(2,), svdd_epochs=(1,), bound_samples=5_000, points=50

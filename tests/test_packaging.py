@@ -102,7 +102,7 @@ def test_one_version_number() -> None:
 
 HEAVY = {"anomalib", "lightning", "matplotlib", "optuna", "pandas"}
 HEAVY |= {"scipy", "seaborn", "sklearn", "timm", "torchvision"}
-CORE = ["usf.flows", "usf.oneclass", "usf.paths", "usf.study.profile", "usf.study.training"]
+CORE = ["usf.files", "usf.flows", "usf.oneclass", "usf.paths", "usf.study.profile", "usf.training"]
 
 
 def test_import_usf_is_light() -> None:

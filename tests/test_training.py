@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from usf.flows import USFlow
-from usf.study.training import History, fit
+from usf.training import History, fit
 
 
 def nll(module: nn.Module, batch: Tensor) -> Tensor:

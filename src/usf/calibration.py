@@ -29,7 +29,7 @@ import numpy.typing as npt
 from scipy import special, stats
 from torch import Tensor
 
-from usf.study.records import atomic_write
+from usf.files import atomic_write
 
 __all__ = [
     "Agreement",

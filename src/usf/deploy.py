@@ -40,10 +40,11 @@ from usf.calibration import Calibration, CalibrationError, cross_conformal_bound
 from usf.detectors import FastflowModel, FlowOptions, Weights
 from usf.detectors.backbones import LAYERS
 from usf.detectors.export import Resize, fused
+from usf.files import atomic_write
 from usf.inspection import reason
 from usf.study import detection
 from usf.study.images import batches, load_images, normalise
-from usf.study.records import atomic_write, provenance
+from usf.study.records import provenance
 
 __all__ = [
     "Deployed",

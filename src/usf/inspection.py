@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from usf.calibration import CalibrationError, normals_needed, tail_rank
+from usf.files import atomic_write
 from usf.study.catalogue import ImageFolderError
 from usf.study.images import SUFFIXES, Sample, batches, load_masks
-from usf.study.records import atomic_write, hardware, settings_hash
+from usf.study.records import hardware, settings_hash
 
 if TYPE_CHECKING:
     from usf.deploy import Deployed, Scored

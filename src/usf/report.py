@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from usf.deploy import Scored
+from usf.files import atomic_write
 from usf.inspection import Result
 from usf.plots import inspection as figures
 from usf.plots.heatmaps import overlay, to_image
 from usf.plots.theme import theme
 from usf.study.images import load_images
-from usf.study.records import atomic_write
 
 __all__ = ["body", "page", "write"]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
+from usf.files import atomic_write
 from usf.flows import Flow, GaussianBase, NonUSFlow, USFlow
 from usf.hybrid.scores import Scores
-from usf.study.records import atomic_write
 
 __all__ = ["PRIORS", "Encoder", "FlowVAE", "GaussianPrior", "Settings", "Terms", "decoder_depth"]
 

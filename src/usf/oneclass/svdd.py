@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usf.study.training import History, fit
+from usf.training import History, fit
 
 CENTER_GUARD = 0.1
 """Smallest absolute value of a centre component (the value of the reference implementation)."""
@@ -215,7 +215,7 @@ def fit_deep_svdd(
         train: normal samples, shape (n, widths[0]).
         val: normal samples for early stopping of the second phase.
         pretrain_epochs: passes of the first phase; 0 skips it, and the centre is the mean of untrained encodings.
-        epochs, batch_size, lr: as in `usf.study.training.fit`; the last two for both phases.
+        epochs, batch_size, lr: as in `usf.training.fit`; the last two for both phases.
         patience, schedule: as there, for the second phase.
         seed: of the decoder's weights and of both shuffles.
         guard: as in `DeepSVDD.init_center`.
@@ -269,7 +269,7 @@ def observed(
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """The same loss, which also calls ``monitor(module)`` before training steps 0, every, 2 every, ...
 
-    `usf.study.training.fit` has no hooks; a loss that looks around is one.
+    `usf.training.fit` has no hooks; a loss that looks around is one.
     """
     steps = itertools.count()
 

@@ -1,1 +1,1 @@
-"""What an experiment needs: profiles, training, records, statistics, tables."""
+"""What an experiment needs: seeded data, profiles, searches, feature caches, records, statistics, tables."""

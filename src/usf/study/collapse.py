@@ -47,7 +47,7 @@ def squared_distance(flow: Flow, x: Tensor) -> Tensor:
 
 
 def weighted_loss(weight: float, trace: Trace | None = None) -> Callable[[nn.Module, Tensor], Tensor]:
-    """L_weight as a loss for :func:`usf.study.training.fit`; with a ``trace``, every call leaves its two terms there.
+    """L_weight as a loss for :func:`usf.training.fit`; with a ``trace``, every call leaves its two terms there.
 
     Raises:
         ValueError: for a negative weight.

@@ -11,7 +11,7 @@ from usf.alignment import spearman
 from usf.flows import USFlow
 from usf.oneclass import DeepSVDD, decreasing_schedule, fit_deep_svdd, standard_normal_log_prob
 from usf.oneclass.svdd import observed
-from usf.study.training import fit
+from usf.training import fit
 
 TEST_SAMPLES = 4000
 

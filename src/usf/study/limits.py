@@ -31,7 +31,7 @@ from usf.study import records
 from usf.study.mixtures import negative_log_likelihood, smooth_mlp, stable_seed
 from usf.study.profile import select
 from usf.study.targets import Shell, StudentT, Target, two_blobs
-from usf.study.training import fit
+from usf.training import fit
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "blobs 2": lambda: two_blobs(2.0),

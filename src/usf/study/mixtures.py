@@ -38,7 +38,7 @@ from usf.oneclass import DeepSVDD, collapse_report, decreasing_schedule, fit_dee
 from usf.study import records
 from usf.study.profile import select
 from usf.study.targets import DiagonalMixture, paper_mixture
-from usf.study.training import fit
+from usf.training import fit
 
 MODELS = ("deep-svdd", "non-usf", "usf")
 FLOWS: dict[str, type[Flow]] = {"non-usf": NonUSFlow, "usf": USFlow}

@@ -17,16 +17,15 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from usf import paths
+from usf.files import atomic_write
 
 __all__ = [
-    "atomic_write",
     "git_revision",
     "hardware",
     "provenance",
@@ -35,27 +34,6 @@ __all__ = [
     "write_csv",
     "write_json",
 ]
-
-
-def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Write a file so that it is at every moment either the old one or the new one, whole.
-
-    Folders are made as needed. Safe against a kill at any point, and against readers in other processes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _plain(value: Any) -> Any:

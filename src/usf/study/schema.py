@@ -32,7 +32,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from usf.study.records import atomic_write, settings_hash, write_json
+from usf.files import atomic_write
+from usf.study.records import settings_hash, write_json
 
 __all__ = [
     "COLUMNS",

@@ -35,7 +35,7 @@ def fit_stacked(
 ) -> list[list[float]]:
     """Minimise the mean of ``-module(batch)`` for every module at once, with Adam; the modules are changed in place.
 
-    Equal, up to rounding, to one `usf.study.training.fit` for each module with its learning rate and seed, without
+    Equal, up to rounding, to one `usf.training.fit` for each module with its learning rate and seed, without
     validation and with a constant rate. A training whose loss is not finite spoils only its own slice.
 
     Args:
@@ -99,7 +99,7 @@ def fit_stacked(
 def saving(dims: Sequence[int] = (2, 8, 32, 128), *, count: int = 5, repeats: int = 5) -> list[dict[str, float | int]]:
     """Processor time of ``count`` trainings one by one over that of a stack, one row a dimension, on one thread."""
     from usf.study.mixtures import build_flow, negative_log_likelihood
-    from usf.study.training import fit
+    from usf.training import fit
 
     rows: list[dict[str, float | int]] = []
     for dim in dims:

@@ -1,4 +1,4 @@
-"""The training loop of every vector experiment: seeded, bounded, and loud when the numbers break."""
+"""The training loop of everything that learns from vectors: seeded, bounded, and loud when the numbers break."""
 
 from __future__ import annotations
 
