@@ -1,4 +1,4 @@
-"""What the Lightning models of the three detectors share: components, recorded choices, checkpoints, metrics."""
+"""What the Lightning models share: components, recorded choices, checkpoints with their backbone, metrics."""
 
 from __future__ import annotations
 
@@ -15,20 +15,59 @@ from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import FlowOptions
 
-__all__ = ["FlowDetector"]
+__all__ = ["BringsBackbone", "FlowDetector"]
 
 
-class FlowDetector(AnomalibModule):
-    """Stands before anomalib's own class among the bases: ``class Fastflow(FlowDetector, lightning_model.Fastflow)``.
+class BringsBackbone(AnomalibModule):
+    """An anomalib model whose checkpoint holds its backbone, so that loading one needs no weight file.
 
-    A constructor calls :meth:`begin`, sets what anomalib's constructor sets, calls :meth:`record`, and builds
-    ``self.model`` from ``self.weights``. anomalib's constructor is not called: it would build the stock network first.
+    A constructor records its argument ``backbone_weights`` as a hyper-parameter and calls :meth:`find_weights` with it.
 
     Attributes:
         weights: of the backbone; ``source="checkpoint"`` where a checkpoint brings them.
     """
 
     weights: Weights
+
+    def find_weights(self, backbone: str, backbone_weights: str | Path | None, **layers: Any) -> None:
+        """Set ``weights``.
+
+        Args:
+            backbone: timm architecture.
+            backbone_weights: see :func:`usf.detectors.backbones.resolve`; ``"checkpoint"`` where one brings them.
+            layers: ``layers=`` of the same function, where they are not its default.
+
+        Raises:
+            ValueError, FileNotFoundError, ConnectionError: weights that do not exist or do not fit.
+        """
+        if backbone_weights == "checkpoint":
+            self.weights = Weights(backbone, "checkpoint", "", "")
+        else:
+            self.weights = backbones.resolve(backbone_weights, backbone=backbone, **layers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
+        checkpoint["usf_backbone"] = {
+            "tag": self.weights.tag or self.weights.describe(),
+            "sha256": self.weights.sha256,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore which backbone the checkpoint was made with."""
+        super().on_load_checkpoint(checkpoint)
+        known = checkpoint.get("usf_backbone")
+        if known:
+            self.weights = Weights(self.weights.backbone, "checkpoint", known["tag"], known["sha256"])
+
+
+class FlowDetector(BringsBackbone):
+    """Stands before anomalib's own class among the bases: ``class Fastflow(FlowDetector, lightning_model.Fastflow)``.
+
+    A constructor calls :meth:`begin`, sets what anomalib's constructor sets, calls :meth:`record`, and builds
+    ``self.model`` from ``self.weights``. anomalib's constructor is not called: it would build the stock network first.
+    """
 
     def begin(
         self,
@@ -93,26 +132,7 @@ class FlowDetector(AnomalibModule):
         )
         # Only CFlow has a choice of layers; the others' are the default of ``resolve``.
         layers = {"layers": settings["layers"]} if "layers" in settings else {}
-        if backbone_weights == "checkpoint":
-            self.weights = Weights(backbone, "checkpoint", "", "")
-        else:
-            self.weights = backbones.resolve(backbone_weights, backbone=backbone, **layers)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
-        checkpoint["usf_backbone"] = {
-            "tag": self.weights.tag or self.weights.describe(),
-            "sha256": self.weights.sha256,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore which backbone the checkpoint was made with."""
-        super().on_load_checkpoint(checkpoint)
-        known = checkpoint.get("usf_backbone")
-        if known:
-            self.weights = Weights(self.weights.backbone, "checkpoint", known["tag"], known["sha256"])
+        self.find_weights(backbone, backbone_weights, **layers)
 
     def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
         self,

@@ -10,14 +10,12 @@ import torch
 from anomalib import LearningType
 from anomalib.data import InferenceBatch
 from anomalib.metrics import AUROC, Evaluator, F1Score
-from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Resize
 
-from usf.detectors import backbones
-from usf.detectors.backbones import Weights
+from usf.detectors.lightning import BringsBackbone
 from usf.hybrid.scores import Score
 from usf.hybrid.vae import FlowVAE, Settings
 
@@ -48,7 +46,7 @@ class _Scored(FlowVAE):
         return InferenceBatch(pred_score=values[:, None], anomaly_map=error.mean(dim=1, keepdim=True))
 
 
-class HybridDetector(AnomalibModule):
+class HybridDetector(BringsBackbone):
     """VAE with a flow prior as an anomalib model (paper, section 4.4).
 
     Every setting is a hyper-parameter of the checkpoint, which also brings the backbone, so that loading one needs no
@@ -69,7 +67,6 @@ class HybridDetector(AnomalibModule):
     """
 
     model: _Scored
-    weights: Weights
 
     def __init__(
         self,
@@ -109,10 +106,7 @@ class HybridDetector(AnomalibModule):
                 **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(options).items()},
             }
         )
-        if backbone_weights == "checkpoint":
-            self.weights = Weights(options.backbone, "checkpoint", "", "")
-        else:
-            self.weights = backbones.resolve(backbone_weights, backbone=options.backbone, layers=options.needs)
+        self.find_weights(options.backbone, backbone_weights, layers=options.needs)
         self.model = _Scored(options, self.weights)
         self.model.score = score
         self.lr, self.weight_decay = lr, weight_decay
@@ -153,15 +147,7 @@ class HybridDetector(AnomalibModule):
         """Normal images alone."""
         return LearningType.ONE_CLASS
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint as bringing its own backbone, and note which one it was."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"]["backbone_weights"] = "checkpoint"
-        checkpoint["usf_backbone"] = {"tag": self.weights.tag or self.weights.describe(), "sha256": self.weights.sha256}
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore which backbone the checkpoint was made with."""
+        """Restore which backbone the checkpoint was made with, for :meth:`usf.hybrid.FlowVAE.save` too."""
         super().on_load_checkpoint(checkpoint)
-        if known := checkpoint.get("usf_backbone"):
-            self.weights = Weights(self.model.settings.backbone, "checkpoint", known["tag"], known["sha256"])
-            self.model.weights = self.weights
+        self.model.weights = self.weights

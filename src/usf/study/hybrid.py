@@ -9,8 +9,8 @@ a training that breaks is a row with its reason. What is committed is gathered f
 
     python -m usf.study.hybrid --gather runs build/hybrid/KEY build/hybrid/OTHER_KEY
 
-The learning rate was chosen with ``--choose --lr RATE``: the bound on a tenth of the training images, which are then not
-trained on; neither test images nor those of the calibration are looked at. ``choice.csv`` has what came of it.
+The learning rate was chosen with ``--choose --lr RATE``, by the bound on a tenth of the training images, which are then
+not trained on; neither test images nor those of the calibration are looked at. ``choice.csv`` has what came of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +118,11 @@ class Split:
         """Images and features of some, where the model is."""
         features = None if self.features is None else self.features[index].to(self.device)
         return self.images[index].to(self.device), features
+
+    def batches(self, size: int = 16) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """All of them, in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.pick(slice(start, start + size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,12 +245,7 @@ def evaluate(model: FlowVAE, data: Data, held: Tensor) -> dict[str, float]:
     images, features = data.test.pick()
     tested, normals = model.scores(images, features), model.scores(*data.normal.pick(held))
     labels = data.folder.labels
-    volumes = [
-        model.prior.log_abs_det_jacobian(
-            model.posterior(images[i : i + 16], None if features is None else features[i : i + 16])[0]
-        )
-        for i in range(0, len(images), 16)
-    ]
+    volumes = [model.prior.log_abs_det_jacobian(model.posterior(*part)[0]) for part in data.test.batches()]
     return {
         **{f"auroc_{name}": auroc(labels, tested[name]) for name in SCORES},
         "auroc_calibrated": auroc(labels, calibrated(tested, normals)),
@@ -264,9 +264,9 @@ COLUMNS: tuple[str, ...] = tuple(
     epochs seconds cpu_seconds trained held tested anomalous manifest weights weights_sha256 settings_hash run
     """.split()
 )
-"""Columns of a table of trainings. AUROC in [0, 1] over the test images; ``held_*`` in nats an image on normal images that
-were not trained on; ``spread_*`` and ``log_det_std`` standard deviations over the test images, nats. Where a learning
-rate is chosen there is no AUROC, ``held`` images are the watched ones, and none were ``tested``."""
+"""Columns of a table of trainings. AUROC in [0, 1] over the test images; ``held_*`` in nats an image on normal images
+that were not trained on; ``spread_*`` and ``log_det_std`` standard deviations over the test images, nats. Where a
+learning rate is chosen there is no AUROC, ``held`` images are the watched ones, and none were ``tested``."""
 
 
 def run_one(options: Study, data: Data, prior: Prior, seed: int, run: str) -> dict[str, Any]:
@@ -296,10 +296,8 @@ def run_one(options: Study, data: Data, prior: Prior, seed: int, run: str) -> di
             measured = bound(model, *data.normal.pick(division.watched))
         else:
             measured = evaluate(model, data, division.held)
-        if not all(map(math.isfinite, measured.values())):
-            raise FloatingPointError(
-                "a measured number is not finite: " + ", ".join(k for k, v in measured.items() if not math.isfinite(v))
-            )
+        if broken := [key for key, value in measured.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"not finite: {', '.join(broken)}")
         row |= {"epochs": history.epochs, **measured, "status": "ok"}
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
@@ -398,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = chosen.out or paths.build("hybrid", options.key())
     torch.set_num_threads(1 if chosen.device == "cpu" else torch.get_num_threads())
     run(options, folders(chosen.images, small=chosen.profile == "smoke"), weights, out, chosen.device)
-    publish([out], out)
+    publish([out], out / "table")
 
 
 if __name__ == "__main__":
