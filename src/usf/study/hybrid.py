@@ -37,7 +37,7 @@ from usf.study import records, textures
 from usf.study.images import ImageFolder, load_images, read
 from usf.study.metrics import auroc
 from usf.study.profile import select
-from usf.study.training import History, fit
+from usf.training import History, fit
 
 SHARED = (("mvtec_ad_256", "bottle"), ("mvtec_ad_256", "pill"), ("hazelnut_toy_256", "hazelnut"))
 """Classes under ``../shared/images`` that the study uses where they are present."""
