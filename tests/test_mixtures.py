@@ -16,7 +16,7 @@ import torch
 from usf import paths
 from usf.flows import NonUSFlow, USFlow
 from usf.study import limits, mixtures, records
-from usf.study.mixtures import Study, Trial
+from usf.study.mixtures import Study, Trial, search
 from usf.study.stacked import fit_stacked
 from usf.training import fit
 
@@ -117,7 +117,7 @@ def test_a_run_resumes_and_runs_nothing_twice(tmp_path: Path, monkeypatch: pytes
         calls.append(trial.name)
         return original(trial, *args, **kwargs)
 
-    monkeypatch.setattr(mixtures, "run_trial", interrupted)
+    monkeypatch.setattr(search, "run_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mixtures.run(TINY, tmp_path / "cut", **options)
 
@@ -125,7 +125,7 @@ def test_a_run_resumes_and_runs_nothing_twice(tmp_path: Path, monkeypatch: pytes
         calls.append(trial.name)
         return original(trial, *args, **kwargs)
 
-    monkeypatch.setattr(mixtures, "run_trial", counted)
+    monkeypatch.setattr(search, "run_trial", counted)
     resumed = mixtures.run(TINY, tmp_path / "cut", **options)
     assert len(calls) == len(set(calls)) == len(resumed) == 4
     for a, b in zip(whole, resumed, strict=True):
