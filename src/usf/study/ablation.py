@@ -419,6 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--match-parameters", action="store_true", help="additive networks as large as the affine ones")
     for name in ("size", "epochs", "batch-size"):
         runs.add_argument(f"--{name}", type=int, help="instead of the profile's")
+    runs.add_argument("--trace", nargs="+", help="epochs after which to score the test images, as in: 1 2 5-10")
     runs.add_argument("--model", type=json.loads, help="arguments of the detector's model, as JSON")
     gather = parts.add_parser("merge", help="gather files of records into one CSV file")
     gather.add_argument("--into", type=Path, help="by default data/results/ablation/records.csv")
@@ -454,6 +455,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     wanted = ("size", "epochs", "batch_size", "model")
     changes = {name: getattr(given, name) for name in wanted if getattr(given, name) is not None}
     try:
+        if given.trace:
+            changes["trace"] = grid.whole_numbers(given.trace)
         trainings(given.detector, given.trainings)
         cell = benchmark.cell(
             given.dataset,
