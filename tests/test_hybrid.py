@@ -83,6 +83,50 @@ def test_with_a_gaussian_prior_the_latent_terms_average_to_the_analytic_divergen
     assert float(sampled.std()) > 0.05  # or the line above says little
 
 
+@pytest.mark.parametrize("prior", ["usf", "non-usf"])
+def test_with_a_flow_the_latent_terms_average_to_the_divergence_by_quadrature(prior: str, images: Tensor) -> None:
+    model = build(prior, latent=2, blocks=2).double()
+    x = images[:1].double()
+    with torch.no_grad():
+        mean, scale = model.posterior(x)
+        axis = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        grid = mean + scale * torch.cartesian_prod(axis, axis)
+        known = Normal(mean, scale).log_prob(grid).sum(-1)
+        cell = float((axis[1] - axis[0]) ** 2 * scale.prod())
+        exact = float((known.exp() * (known - model.prior.log_prob(grid))).sum()) * cell
+        count = 4000
+        noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        terms = model.terms(x.expand(count, -1, -1, -1), model.features(x).expand(count, -1), noise=noise)
+        # The prior is a density: its latents of a wide grid are covered once.
+        wide = torch.linspace(-30, 30, 1501, dtype=torch.float64)
+        mass = model.prior.log_prob(torch.cartesian_prod(wide, wide)).exp().sum() * (wide[1] - wide[0]) ** 2
+    sampled = terms.posterior - terms.prior
+    assert abs(float(sampled.mean()) - exact) < 4 * float(sampled.std()) / math.sqrt(count)
+    assert float(sampled.std()) > 0.05
+    assert float(mass) == pytest.approx(1, abs=1e-3)
+
+
+def test_with_a_linear_flow_the_prior_is_a_known_gaussian(images: Tensor) -> None:
+    model = build("usf").double()
+    with torch.no_grad():
+        for name, parameter in model.prior.named_parameters():
+            if "conditioner" in name:
+                parameter.zero_()
+        origin = torch.zeros(1, 3, dtype=torch.float64)
+        offset = model.prior.inverse(origin)[0]
+        matrix = (model.prior.inverse(torch.eye(3, dtype=torch.float64)) - offset).T
+        known = MultivariateNormal(offset, matrix @ matrix.T)
+        x = images.double()
+        terms = model.terms(x)
+        assert torch.allclose(terms.prior, known.log_prob(terms.z))
+        mean, scale = model.posterior(x)
+        exact = torch.distributions.kl_divergence(MultivariateNormal(mean, torch.diag_embed(scale.square())), known)
+        draws = torch.stack([terms.posterior - terms.prior for terms in (model.terms(x) for _ in range(3000))])
+    assert (matrix - torch.eye(3)).abs().max() > 0.05  # or it is the standard normal
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - exact).abs() < 4.5 * error).all()
+
+
 def linear(model: FlowVAE, *, seed: int = 3) -> tuple[Tensor, Tensor]:
     """Give the model a linear decoder with orthogonal columns; its (W, b). Posteriors are then Gaussian, diagonal."""
     generator = torch.Generator().manual_seed(seed)
@@ -139,6 +183,17 @@ def test_gradients_reach_encoder_decoder_and_prior_from_the_terms_that_know_them
             "prior": False,
         }
         assert reached(model.terms(images).prior.mean()) == {"projection": True, "decoder": False, "prior": True}
+
+
+def test_gradients_reach_a_backbone_that_is_trained_end_to_end(images: Tensor) -> None:
+    model = build(trainable=True)
+    for term, sign in (("reconstruction", 1), ("prior", 1), ("posterior", -1)):
+        model.zero_grad(set_to_none=True)
+        (sign * getattr(model.terms(images), term).mean()).backward()
+        gradients = [p.grad for p in model.encoder.trunk.parameters()]
+        assert all(g is not None and bool(g.isfinite().all()) for g in gradients), term
+        assert sum(bool(g.any()) for g in gradients if g is not None) > 0.9 * len(gradients), term
+    assert len(model.trainable_parameters()) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("prior", PRIORS)

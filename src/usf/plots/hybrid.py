@@ -13,36 +13,37 @@ from torch import Tensor
 
 from usf.plots.theme import COLORS, INK
 
-__all__ = ["LABELS", "areas", "image_grid", "two_levels"]
+__all__ = ["LABELS", "areas", "image_grid", "two_levels", "two_terms"]
 
 LABELS = {"usf": "VAE-USFlow", "non-usf": "VAE-NonUSFlow", "gaussian": "VAE"}
 _COLORS = {"usf": "usf", "non-usf": "non-usf", "gaussian": "oracle"}
 
 
-def areas(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, str], *, seeds: int) -> Figure:
-    """Image AUROC by class: one panel a score, one colour a prior, a dot a seed and a bar at their mean.
+def areas(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]], *, seeds: int, group: str = "class") -> Figure:
+    """Image AUROC by group: one panel after the other, one colour a prior, a dot a training and a bar at their mean.
 
-    Under each group stands how many of ``seeds`` trainings are valid, so that a failed one is seen.
+    Under each group stands how many of ``seeds`` trainings are valid, so that a failed one is seen. The dotted line is
+    chance.
 
     Args:
-        rows: records of :mod:`usf.study.hybrid`; those that failed have no area.
-        scores: column of the records -> title of its panel.
-        seeds: trainings per class and prior that were planned.
+        panels: title -> (records of :mod:`usf.study.hybrid`, the column that is shown). Failed ones have no area.
+        seeds: trainings per group and prior that were planned.
+        group: column of the records by which they stand together.
     """
-    classes = list(dict.fromkeys(row["class"] for row in rows))
+    groups = list(dict.fromkeys(row[group] for rows, _ in panels.values() for row in rows))
     figure, axes = plt.subplots(
-        1, len(scores), figsize=(3.1 * len(scores) + 0.6, 3.2), sharey=True, sharex=True, squeeze=False
+        1, len(panels), figsize=(3.1 * len(panels) + 0.6, 3.2), sharey=True, sharex=True, squeeze=False
     )
-    for axis, (column, title) in zip(axes[0], scores.items(), strict=True):
-        for place, name in enumerate(classes):
+    for axis, (title, (rows, column)) in zip(axes[0], panels.items(), strict=True):
+        for place, name in enumerate(groups):
             for shift, (prior, label) in enumerate(LABELS.items()):
-                own = [row for row in rows if row["class"] == name and row["prior"] == prior]
+                own = [row for row in rows if row[group] == name and row["prior"] == prior]
                 values = [100 * row[column] for row in own if row["status"] == "ok"]
-                x = place + 0.26 * (shift - 1)
+                x = place + 0.28 * (shift - 1)
                 color = COLORS[_COLORS[prior]]
-                axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.7, label=label)
+                axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.6, label=label)
                 if values:
-                    axis.plot([x - 0.1, x + 0.1], [np.mean(values)] * 2, color=color)
+                    axis.plot([x - 0.11, x + 0.11], [np.mean(values)] * 2, color=color)
                 axis.annotate(
                     f"{len(values)}/{seeds}",
                     (x, 0),
@@ -54,12 +55,46 @@ def areas(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, str], *, seeds
                     color=INK,
                 )
         axis.axhline(50, color=INK, linewidth=0.8, linestyle=":")
-        axis.set(title=title, xticks=range(len(classes)), xticklabels=classes)
+        axis.set(title=title, xticks=range(len(groups)), xticklabels=groups, xlim=(-0.5, len(groups) - 0.5))
     axes[0, 0].set(ylabel="image AUROC, %")
-    axes[0, 0].margins(y=0.12)
+    axes[0, 0].margins(y=0.14)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
+    return figure
+
+
+def two_terms(
+    groups: Mapping[str, tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]],
+    surprises: Mapping[str, tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]],
+    colors: Mapping[str, str],
+) -> Figure:
+    """Reconstruction against latent term, in nats and after calibration, with lines along which their sum is constant.
+
+    Args:
+        groups: group of images -> (-ln p(x | z), -ln p_Z(z)), nats, (n,) each.
+        surprises: the same groups -> (-ln p of the first term, of the second), p among held-out normal images.
+        colors: group -> key of :data:`usf.plots.COLORS`.
+
+    Raises:
+        ValueError: when the groups differ, or there are none.
+    """
+    if list(groups) != list(surprises) or not groups:
+        raise ValueError("both panels need the same groups, at least one")
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.5))
+    # Ties of p-values would hide each other.
+    jitter = np.random.default_rng(0)
+    for axis, panel, width in zip(axes, (groups, surprises), (0.0, 0.06), strict=True):
+        for name, (x, y) in panel.items():
+            shaken = [values + width * jitter.standard_normal(len(values)) for values in (x, y)]
+            axis.plot(*shaken, "o", markersize=3, alpha=0.7, color=COLORS[colors[name]], label=name)
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        for total in np.linspace(left + low, right + high, 9)[1:-1]:
+            axis.plot([left, right], [total - left, total - right], color=INK, linewidth=0.7, linestyle=":", zorder=0)
+        axis.set(xlim=(left, right), ylim=(low, high))
+    axes[0].set(title="in nats", xlabel=r"$-\ln p(x\mid z)$", ylabel=r"$-\ln p_Z(z)$")
+    axes[1].set(title="as p-values", xlabel=r"$-\ln p$ of the reconstruction", ylabel=r"$-\ln p$ of the latent density")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
     return figure
 
 
