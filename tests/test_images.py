@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from usf import paths
 from usf.plots import images as figures
 from usf.study import catalogue, images
-from usf.study.catalogue import Counts
+from usf.study.catalogue import Counts, ImageFolderError
 from usf.study.detection import FitHistory
-from usf.study.images import ImageFolderError, datamodule, read, read_class
+from usf.study.images import datamodule, read, read_class
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
