@@ -24,7 +24,7 @@ RUNS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(wildcard book/runs/*.md))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup book notebooks benchmark workflow lint test lock clean
+.PHONY: help setup book times notebooks benchmark workflow lint test lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ book: $(STAMP) ## build the HTML book (executes what changed)
 	@USF_PROFILE=book $(BIN)/jupyter-book build -q -W -n --keep-going . \
 	  || { rm -rf _build/html _build/.doctrees; echo "The book was not built: see the errors above." >&2; exit 1; }
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+times: $(STAMP) ## how long the chapters took when they were last executed, and the slowest cells
+	@$(BIN)/python book/_ext/times.py
 
 notebooks: $(NOTEBOOKS) $(RUNS) ## build/notebooks/*.ipynb from the chapters
 

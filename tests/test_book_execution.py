@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
-from usf_book import Fingerprints, signed  # noqa: E402  (lies beside the chapters, for Sphinx)
+import times  # noqa: E402  (both lie beside the chapters, for Sphinx)
+from usf_book import Fingerprints, signed  # noqa: E402
 
 CODE = "import usf.plots as plots\nfrom usf.study import profile"
 
@@ -129,7 +131,7 @@ with Path({log!r}).open("a") as stream:
 """
 
 
-def test_builds(project: Path) -> None:
+def test_builds(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole builds: executed once, again after a change in data, never kept after a failure."""
     shutil.copy(ROOT / "_config.yml", project)
     for folder in ("_ext", "_static"):
@@ -157,7 +159,11 @@ def test_builds(project: Path) -> None:
     assert "42" in (project / "_build" / "html" / "book" / "01-one.html").read_text()
     assert (project / "_build" / "html" / "_static" / "mathjax" / "tex-chtml.js").exists()
 
-    assert build()[:2] == (0, [])
+    assert build()[:2] == (0, [])  # the times that were kept are no part of the cache's key
+    times.main(project / "_build" / ".jupyter_cache")
+    said = capsys.readouterr().out
+    assert re.search(r"^\| `01-one` \| \d+ \|$", said, re.M)
+    assert re.search(r"^\| `.+` \| `01-one` \| \d+ \|$", said, re.M)
 
     (project / "data" / "results" / "a.csv").write_text("x\n2\n")
     assert build()[:2] == (0, ["01-one"])

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,18 @@ def signed(text: str, fingerprint: str) -> str:
     return _KERNELSPEC.sub(lambda match: f"{match[0]}  fingerprint: '{fingerprint}'\n", text, count=1)
 
 
+def cell_seconds(notebook: Any) -> list[float]:
+    """Wall time of each code cell. Takes it out of the cells: it would become part of their key in the cache."""
+    seconds = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            times = cell.metadata.pop("execution", {})
+            start, end = (times.get(key) for key in ("iopub.status.busy", "shell.execute_reply"))
+            run = (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() if start and end else 0
+            seconds.append(round(run, 2))
+    return seconds
+
+
 def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
     """Fill the cache with the chapters that are about to be read, executing one per core.
 
@@ -210,6 +223,7 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
                 cwd=folder,
                 timeout=config.execution_timeout,
                 allow_errors=False,
+                record_timing=True,
                 extra_arguments=["--log-level=ERROR"],
             )
         outcome = "failed" if result.err else "done"
@@ -221,11 +235,13 @@ def execute(app: Sphinx, env: Any, docnames: list[str]) -> None:
         futures = {pool.submit(run, item): item for item in todo}
         for future in as_completed(futures):  # kept at once: an interrupted build goes on where it stopped
             (name, reader, notebook), result = futures[future], future.result()
+            seconds = cell_seconds(notebook)
             if result.err is not None:
                 errors.append(f"{name}.md: {type(result.err).__name__}\n{result.err}")
                 continue
             record = cache.add_nb_to_project(env.doc2path(name), read_data=reader.read_fmt)
-            bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": result.time})
+            times = {"execution_seconds": result.time, "cell_seconds": seconds}
+            bundle = CacheBundleIn(notebook, record.uri, data=times)
             cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
     if errors:
         sys.exit("\n".join([*errors, f"{len(errors)} of {len(todo)} executed chapters failed."]))
