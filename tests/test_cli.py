@@ -8,9 +8,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
-from usf import cli, inspection
+from usf import calibration, cli, inspection
 from usf.calibration import CalibrationError, normals_needed
 from usf.inspection import Options, plan, survey
-from usf.study.images import ImageFolderError, load_images
+from usf.study.catalogue import ImageFolderError
+from usf.study.images import load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--size", "64", "--weights", "random", "--steps", "2", "--flow-steps", "2", "--quiet", "--threads", "1"]
@@ -48,12 +54,39 @@ def parts(folder: Path, normal: int = 12, bad: int = 0) -> Path:
     return folder
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "usf", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+def photo(path: Path, seed: int) -> Path:
+    """A picture as a camera stores it that was held on its side: upright is what EXIF makes of it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(picture(path, seed, size=(64, 80))) as image:
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.save(path, exif=exif)
+    return path
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "usf", *map(str, arguments)]
+
+
+def run(*arguments: object, code: int = 0, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own; it never ends with a traceback."""
+    done = subprocess.run([*within, *command(*arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=180)
     assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
     return done
+
+
+def mounted(place: Path, options: str, first: str = ":") -> list[str]:
+    """What starts a process that sees a memory disk of its own at ``place``, on which ``first`` was run."""
+    place.mkdir(exist_ok=True)
+    script = f'mount -t tmpfs -o {options} tmpfs "$0" && cd "$0" && {{ {first}; }} && cd / && exec "$@"'
+    within = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, str(place)]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a process mount a disk of its own")
+    return within
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +104,11 @@ def inspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture(good / "large.png", 52, size=(90, 120))
     deep = np.random.default_rng(53).integers(90 * 257, 130 * 257, (64, 64)).astype(np.uint16)
     Image.fromarray(deep).save(good / "deep.png")
-    assert cli.main(["inspect", str(folder), "--out", str(base / "bericht"), "--alpha", "0.2", *TINY]) == 0
+    photo(good / "photo.jpg", 54)
+    done = run("inspect", folder, "--out", base / "bericht", "--alpha", "0.2", "--fdr", "0.5", *TINY)
+    assert done.stdout.strip() == str(base / "bericht" / "report.html")
+    for said in ("19 normal images", "notes.png (not an image)", "half.png", "Threshold"):
+        assert said in done.stderr
     return base / "bericht"
 
 
@@ -84,10 +121,10 @@ def test_help_needs_nothing_and_shows_examples() -> None:
     script = "import sys, usf.cli; assert not {'torch', 'anomalib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     assert "exit codes" in run("--help").stdout
-    for command in ("inspect", "score"):
-        said = run(command, "--help").stdout
-        assert f"usf {command} " in said
-        assert "exit codes" in said
+    for name in ("inspect", "score", "benchmark"):
+        said = run(name, "--help").stdout
+        for part in ("examples", f"usf {name} ", "exit codes", "130", "143"):
+            assert part in said, part
 
 
 def test_the_notebook_shows_the_same_report(tmp_path: Path) -> None:
@@ -96,11 +133,10 @@ def test_the_notebook_shows_the_same_report(tmp_path: Path) -> None:
     notebook, done = tmp_path / "inspect.ipynb", tmp_path / "report.ipynb"
     convert = [sys.executable, "-m", "jupytext", "--quiet", "--to", "notebook", "--output", str(notebook), str(source)]
     subprocess.run(convert, check=True)
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(done)]
-    for name, value in {"images": folder, "out": tmp_path / "r", "weights": "random", "profile": "smoke"}.items():
-        command += ["-p", name, str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    papermill = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(done)]
+    for name, value in {"images": folder.name, "out": "r", "weights": "random", "profile": "smoke"}.items():
+        papermill += ["-p", name, value]
+    finished = subprocess.run(papermill, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     cells = json.loads(done.read_text("utf8"))["cells"]
     shown = "".join("".join(o["data"].get("text/html", "")) for c in cells for o in c.get("outputs", []) if "data" in o)
@@ -112,7 +148,12 @@ def test_the_notebook_shows_the_same_report(tmp_path: Path) -> None:
 def test_missing_folder_and_wrong_options_end_with_2(tmp_path: Path) -> None:
     said = run("inspect", tmp_path / "nowhere", "--out", tmp_path / "r", code=2).stderr
     assert "nowhere does not exist" in said
-    assert "Traceback" not in said
+    (tmp_path / "empty folder").mkdir()
+    said = run("inspect", tmp_path / "empty folder", "--out", tmp_path / "r", code=2).stderr
+    assert "empty folder holds no images" in said
+    (tmp_path / "empty folder" / "notes.png").write_text("not an image")
+    said = run("inspect", tmp_path / "empty folder", "--out", tmp_path / "r", code=2).stderr
+    assert "notes.png: not an image" in said
     assert "does not exist" in run("score", tmp_path / "model", tmp_path, "--out", tmp_path / "s.csv", code=2).stderr
     run("inspect", tmp_path, code=2)  # without --out
     run("nothing", code=2)
@@ -137,19 +178,127 @@ def test_a_saved_model_scores_in_another_process(inspected: Path, tmp_path: Path
     assert f"score {scores['bad0.png']:.4g}" in page
 
 
+def test_a_batch_is_flagged_as_a_whole(inspected: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("not an image")
+    images = [str(tmp_path / "broken.png"), str(inspected.parent / "gute teile" / "test")]
+    for rate, wanted in (("0.5", 2), ("0.01", 0)):
+        out = tmp_path / f"{rate}.csv"
+        score = ["score", str(inspected / "model"), *images, "--out", str(out), "--fdr", rate, "--quiet"]
+        assert cli.main(score) == 1, "one cannot be read"
+        rows = list(csv.DictReader(out.open()))
+        assert [row["flagged"] for row in rows if row["error"]] == [""]
+        read = [row for row in rows if not row["error"]]
+        flagged = calibration.discoveries([float(row["p_value"]) for row in read], float(rate))
+        assert [row["flagged"] for row in read] == [str(int(flag)) for flag in flagged]
+        assert [row["flagged"] for row in read if row["image"].startswith("bad")] == [str(int(wanted > 0))] * 2
+    assert cli.main([*score[:-2], "1.5"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "0.5.csv", "0.01.csv"}
+    # Without a rate there is no such column; with one, what the page says is what the file says.
+    page = (inspected / "report.html").read_text("utf8")
+    flagged = calibration.discoveries([float(row["p_value"]) for row in read], 0.5)
+    assert f"<b>{flagged.sum()} are flagged</b>" in page
+
+
+# ----------------------------------------------------------------------------------- as a subprocess: what goes wrong
+
+
+def test_output_on_a_read_only_disk(inspected: Path, tmp_path: Path) -> None:
+    within = mounted(tmp_path / "disk", "ro")
+    folder = parts(tmp_path / "p")
+    said = run("inspect", folder, "--out", tmp_path / "disk" / "r", *TINY, code=1, within=within).stderr
+    assert "Read-only file system (choose another place" in said
+    score = ("score", inspected / "model", folder, "--out", tmp_path / "disk" / "s.csv", "--quiet")
+    assert "Read-only file system (choose another place" in run(*score, code=1, within=within).stderr
+
+
+def test_a_disk_without_room(inspected: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    within = mounted(disk, "size=1m")
+    said = run("inspect", parts(tmp_path / "p"), "--out", disk / "r", *TINY, code=1, within=within).stderr
+    assert "make room" in said
+    # Room for the first heatmap, and not for all of them. What is left on the disk is asked before it is gone.
+    within = mounted(disk, "size=64k", "echo old > s.csv")
+    left = "import os, subprocess, sys; code = subprocess.run(sys.argv[2:]).returncode; os.chdir(sys.argv[1]); "
+    left += 'print(sorted(p for p in os.listdir() if p != "maps"), open("s.csv").read()); sys.exit(code)'
+    images = inspected.parent / "gute teile"
+    score = command("score", inspected / "model", images, "--out", disk / "s.csv", "--heatmaps", disk / "maps")
+    asked = [*within, sys.executable, "-c", left, str(disk), *score, "--quiet"]
+    done = subprocess.run(asked, capture_output=True, text=True, env=ENVIRONMENT, timeout=180)
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full: make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "['s.csv'] old\n\n"
+
+
+def test_a_full_disk_is_no_signal(tmp_path: Path) -> None:
+    """Memory that is mapped to a file with holes ends the process when the disk is full; here it is an error."""
+    within = mounted(tmp_path / "disk", "size=1m")
+    script = "import sys, pathlib; from usf.study.features import _allocate; "
+    script += "_allocate((1000, 1000), pathlib.Path(sys.argv[1]), 0)[:] = 1"
+    allocate = [*within, sys.executable, "-c", script, str(tmp_path / "disk")]
+    done = subprocess.run(allocate, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_killed_and_interrupted_it_goes_on(tmp_path: Path) -> None:
+    folder, out = parts(tmp_path / "p"), tmp_path / "r"
+    arguments = ["inspect", str(folder), "--out", str(out), "--alpha", "0.2", *TINY, "--steps", "120"]
+    seen = 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        with subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+            end = time.monotonic() + 120
+            epochs = 0
+            while epochs <= seen and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.02)
+                for path in (out / "state").glob("flow-*.safetensors"):
+                    epochs = len(_losses(path))
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1]
+        assert process.returncode == code, said
+        assert "Traceback" not in said
+        assert epochs > seen
+        assert not (out / "model").exists()
+        seen = epochs
+    assert seen < 100
+    assert cli.main(arguments) == 0
+    (path,) = (out / "state").glob("flow-*.safetensors")
+    assert len(_losses(path)) == 120
+    assert {path.name for path in out.iterdir()} == {"model", "report.html", "state"}
+
+
+def _losses(checkpoint: Path) -> list[float]:
+    with safe_open(checkpoint, "pt") as stored:
+        return list(json.loads(stored.metadata()["usf"])["losses"])
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
+    folder, out = parts(tmp_path / "p"), tmp_path / "r"
+    (out / "state").mkdir(parents=True)
+    with inspection._alone(out / "state"):
+        said = run("inspect", folder, "--out", out, "--alpha", "0.2", *TINY, code=1).stderr
+    assert "is being written by another `usf inspect`: wait for it, or choose another --out" in said
+    assert {path.name for path in (out / "state").iterdir()} <= {"lock"}
+    with inspection._alone(out / "state"):
+        pass
+
+
 # ------------------------------------------------------------------------------------------------------- the report
 
 
 def test_report_names_what_was_found_and_stands_alone(inspected: Path) -> None:
     page = (inspected / "report.html").read_text("utf8")
     for said in ("notes.png", "half.png", "list.txt", "copy &lt;b&gt;.png", "64 x 64", "120 x 90", "grey, 16 bit",
-                 "random weights", "18 normal images", "false-alarm rate promised", "usf score"):  # fmt: skip
+                 "random weights", "19 normal images", "false-alarm rate promised", "usf score", "80 x 64",
+                 "1, as their EXIF says", "false-discovery rate", "Do not trust such p-values here"):  # fmt: skip
         assert said in page, said
     assert "copy <b>.png" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing from elsewhere"
     assert "<script" not in page
+    assert len(re.findall(r"<picture><source[^>]*><img[^>]*></picture>", page)) == 3, "charts, for wide and narrow"
+    assert "prefers-color-scheme:dark" in page
     assert page.count("data:image/jpeg") >= 2 * (4 + 4)
-    assert len(page) < 2_000_000
+    assert len(page) < 2_500_000
 
 
 def test_model_folder_says_what_it_is(inspected: Path) -> None:
@@ -160,10 +309,10 @@ def test_model_folder_says_what_it_is(inspected: Path) -> None:
     card = (model / "README.md").read_text()
     assert "What the threshold promises" in card
     rows = list(csv.DictReader((model / "data.csv").open(encoding="utf8")))
-    assert len(rows) == 18 + 4
+    assert len(rows) == 19 + 4
     assert {row["part"] for row in rows} == {"training", "calibration", "test"}
     known = json.loads((model / "calibration.json").read_text())
-    assert len(known["normals"]) == sum(row["part"] == "calibration" for row in rows) == 4 or known["normals"]
+    assert len(known["normals"]) == sum(row["part"] == "calibration" for row in rows) == 5
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "settings.json", "calibration.json", "data.csv", "README.md"])
@@ -235,6 +384,31 @@ def test_scores_do_not_depend_on_the_batch(inspected: Path) -> None:
     one, many = (list(deploy.score_files(model, files, batch_size=size, progress=False)) for size in (1, 8))
     assert [item.score for item in one] == pytest.approx([item.score for item in many], rel=1e-5)
     assert [item.alarm for item in one] == [item.score > model.threshold for item in one]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(inspected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are read when their batch is due, and maps are let go of: a folder of any size goes through."""
+    from usf import deploy
+
+    opened = 0
+    real = deploy.load_images
+
+    def counted(files: Sequence[Path], size: int) -> torch.Tensor:
+        nonlocal opened
+        opened += len(files)
+        return real(files, size)
+
+    monkeypatch.setattr(deploy, "load_images", counted)
+    model = deploy.load(inspected / "model")
+    file = inspected.parent / "gute teile" / "good" / "00.png"
+    maps: list[weakref.ref[Any]] = []
+    scored = deploy.score_files(model, [file] * 100, batch_size=4, progress=False)
+    for number, item in enumerate(scored, 1):
+        assert opened <= number + 3, "read ahead of its batch"
+        maps.append(weakref.ref(item.map))
+        del item
+        assert sum(one() is not None for one in maps) <= 4, "maps are kept"
+    assert number == opened == 100
 
 
 # ------------------------------------------------------------------------------------------------ folders and plans
@@ -311,6 +485,52 @@ def test_sixteen_bits_and_alpha_keep_their_contrast(tmp_path: Path) -> None:
     picture(tmp_path / "rgb.png", 1)
     picture(tmp_path / "rgba.png", 1, mode="RGBA")
     assert torch.equal(load_images([tmp_path / "rgb.png"], 64), load_images([tmp_path / "rgba.png"], 64))
+
+
+def test_photos_are_turned_upright_alike_everywhere(tmp_path: Path) -> None:
+    """An image and the same one stored on its side, with EXIF to say so, are one image; in training and in scoring."""
+    for suffix in ("png", "tif"):
+        stored = photo(tmp_path / suffix / f"photo.{suffix}", 3)
+        upright = picture(tmp_path / suffix / f"upright.{suffix}", 3, size=(64, 80))
+        with Image.open(stored) as image:
+            assert image.getexif()[0x0112] == 6, "the file is as a camera stores it"
+        both = load_images([stored, upright], 48)
+        assert torch.equal(both[0], both[1])
+    good = parts(tmp_path / "p", 3)
+    stored = photo(good / "good" / "photo.png", 3)
+    found = survey(good)
+    (part,) = (part for part in found.parts if part.turned)
+    assert part.path == stored
+    assert part.size == (80, 64)
+    assert found.turned == 1
+    # Another orientation is another image; one that is none of the eight is left alone.
+    with Image.open(stored) as image:
+        exif = image.getexif()
+        exif[0x0112] = 9
+        image.save(tmp_path / "odd.png", exif=exif)
+    assert load_images([tmp_path / "odd.png"], 48).shape == (1, 3, 48, 48)
+    assert not torch.equal(load_images([tmp_path / "odd.png"], 48), load_images([stored], 48))
+
+
+def test_the_law_of_the_norm_is_judged_on_images_that_were_not_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    dimension, folds = 500, 4
+
+    def norms(count: int, spread: float) -> list[np.ndarray]:
+        """Of latents that are independent, or that share a random scale."""
+        squares = rng.chisquare(dimension, (folds, count)) * np.exp(spread * rng.normal(size=(folds, count)))
+        return list(np.sqrt(0.7 * squares))
+
+    holds = inspection.Norms(dimension, norms(60, 0), norms(30, 0))
+    assert holds.square == pytest.approx(0.7, rel=0.02)
+    assert not calibration.agreement(holds.pit()).refuted
+    assert 350 < holds.effective < 700
+    fails = inspection.Norms(dimension, norms(60, 0.3), norms(30, 0.3))
+    assert calibration.agreement(fails.pit()).refuted
+    assert fails.effective < 50
+    assert len(fails.pit()) == len(fails.pit_fitted()) == folds * 30
+    with pytest.raises(CalibrationError, match="fewer than two different norms"):
+        inspection.Norms(2, [np.ones(3)], [np.ones(2)]).pit_fitted()
 
 
 # ------------------------------------------------------------------------------------------- stopped, full, read-only

@@ -23,6 +23,7 @@ exit codes:
   1    something failed on the way, and the message says what
   2    a wrong command, folder or file; nothing was done
   130  stopped with Ctrl-C; the same command goes on where it was
+  143  told to end
 """
 
 INSPECT = """\
@@ -31,13 +32,15 @@ examples:
   usf inspect my_parts --test line_3 --out report    and a folder of images that nobody has labelled
   usf inspect hazelnut --out report --onnx           MVTec layout: also AUROC and AUPRO; also write model.onnx
   usf inspect my_parts --out report --alpha 0.01 --confidence 0.95
+  usf inspect my_parts --test line_3 --out report --fdr 0.05
 
 what FOLDER may hold:
   images                          normal ones
   good/ and test/                 normal ones, and others that nobody has labelled
   train/good/ test/ ground_truth/ MVTec layout
 
-Run it again with the same arguments after Ctrl-C or a crash: it goes on where it was.
+Photos are turned upright as their EXIF says, here and by usf score. Run it again with the same arguments after Ctrl-C
+or a crash: it goes on where it was. Two runs into one DIR at a time are refused.
 
 """
 
@@ -45,9 +48,12 @@ SCORE = """\
 examples:
   usf score report/model new_images --out scores.csv
   usf score report/model a.png b.png --out scores.csv --heatmaps maps
+  usf score report/model today --out today.csv --fdr 0.05
 
 scores.csv has one line an image: its score, the share of normal parts that would score as high (p_value), and whether
-it raises an alarm. An image that cannot be read has a line that says so, and the command ends with 1.
+it raises an alarm by itself. With --fdr Q all images are also judged as one batch: of those with flagged = 1, at most
+the share Q are good ones, on average. An image that cannot be read has a line that says so, and the command ends
+with 1. Memory does not grow with the number of images.
 
 """
 
@@ -77,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--calibration", choices=("auto", "split", "cross"), default="auto",
                      help="hold out some normal images (split), each once (cross), or whichever suits")  # fmt: skip
     one.add_argument("--folds", type=int, default=4, help="of --calibration cross (default: %(default)s)")
+    one.add_argument("--fdr", type=float, default=0.1, metavar="Q",
+                     help="wanted share of good parts among those a batch flags (default: %(default)s)")  # fmt: skip
     one.add_argument("--size", type=int, default=256, help="pixels inside the detector (default: %(default)s)")
     one.add_argument("--backbone", choices=("resnet18", "wide_resnet50_2"), default="resnet18")
     one.add_argument("--weights", metavar="W", help="of the backbone: a safetensors file, hub or random")
@@ -96,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="folders, with all below them, or files")
     two.add_argument("--out", type=Path, required=True, metavar="CSV", help="file for the scores")
     two.add_argument("--heatmaps", type=Path, metavar="DIR", help="also write each image with its heatmap here")
+    two.add_argument("--fdr", type=float, metavar="Q", help="also judge all images as one batch, at this rate")
     two.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
     _common(two)
 
@@ -124,7 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["benchmark"]:
         from usf.study import benchmark
 
-        return benchmark.main(given[1:])
+        try:
+            return benchmark.main(given[1:])
+        except KeyboardInterrupt:
+            _say("\nusf: stopped; the same command goes on where it was")
+            return 130
     chosen = _parser().parse_args(given)
     before = None
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -155,6 +168,8 @@ def _error(error: BaseException, code: int) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
         hint = {
             errno.ENOSPC: "the disk is full: make room and run again, what was done is kept",
+            errno.EDQUOT: "the quota is used up: make room and run again, what was done is kept",
+            errno.EFBIG: "larger than this system or its limits allow: choose another place, or raise the limit",
             errno.EROFS: "choose another place for the output",
             errno.EACCES: "choose another place, or change the permissions",
             errno.EPERM: "choose another place, or change the permissions",
@@ -190,6 +205,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
             confidence=chosen.confidence,
             calibration=chosen.calibration,
             folds=chosen.folds,
+            fdr=chosen.fdr,
             size=chosen.size,
             backbone=chosen.backbone,
             weights=chosen.weights,
@@ -230,6 +246,8 @@ def _score(chosen: argparse.Namespace) -> int:
         _threads(chosen.threads)
         if chosen.batch_size < 1:
             raise ValueError(f"--batch-size {chosen.batch_size}: at least 1 is needed")
+        if chosen.fdr is not None and not 0 < chosen.fdr < 1:
+            raise ValueError(f"--fdr {chosen.fdr:g}: a number between 0 and 1, both excluded, is needed")
         files: dict[Path, str] = {}
         for given in chosen.images:
             if given.is_dir():
@@ -245,12 +263,14 @@ def _score(chosen: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _error(error, 2)
     try:
-        unread, alarms = deploy.score_to_csv(
-            model, files, chosen.out, heatmaps=chosen.heatmaps, batch_size=chosen.batch_size, progress=not chosen.quiet
-        )
+        unread, alarms, flagged = deploy.score_to_csv(
+            model, files, chosen.out, heatmaps=chosen.heatmaps, batch_size=chosen.batch_size, fdr=chosen.fdr,
+            progress=not chosen.quiet,
+        )  # fmt: skip
     except OSError as error:
         return _error(error, 1)
-    _say(f"{len(files)} images, {alarms} alarms (threshold {model.threshold:.6g}): {chosen.out}")
+    batch = "" if chosen.fdr is None else f", {flagged} flagged as one batch (false-discovery rate {chosen.fdr:g})"
+    _say(f"{len(files)} images, {alarms} alarms (threshold {model.threshold:.6g}){batch}: {chosen.out}")
     for name, why in unread:
         _say(f"unreadable: {name} ({why})")
     return 1 if unread else 0

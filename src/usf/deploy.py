@@ -21,8 +21,10 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -36,7 +38,14 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from usf.calibration import Calibration, CalibrationError, cross_conformal_bound, cross_conformal_p, tail_rank
+from usf.calibration import (
+    Calibration,
+    CalibrationError,
+    cross_conformal_bound,
+    cross_conformal_p,
+    discoveries,
+    tail_rank,
+)
 from usf.detectors import FastflowModel, FlowOptions, Weights
 from usf.detectors.backbones import LAYERS
 from usf.detectors.export import Resize, fused
@@ -222,6 +231,40 @@ class Deployed:
             f"experience has it; guaranteed is a rate of at most {bound:.2g} on average. Both hold as long as new "
             "normal parts come from where these came from."
         )
+
+    def flagged(self, p: Sequence[float] | NDArray[np.float64], rate: float) -> NDArray[np.bool_]:
+        """Which parts of a batch to call anomalous, so that a share ``rate`` of them at most is good, on average.
+
+        Args:
+            p: p-value of every part of the batch, (m,).
+            rate: wanted false-discovery rate, see :func:`usf.calibration.discoveries`.
+
+        Raises:
+            CalibrationError: a rate outside (0, 1).
+        """
+        return discoveries(np.asarray(p, dtype=np.float64), rate) if len(p) else np.zeros(0, dtype=bool)
+
+    def batch_promise(self, rate: float, count: int) -> str:
+        """What :meth:`flagged` promises of ``count`` parts, as text for a reader."""
+        n = len(self.calibration.normals)
+        sure = (
+            "This holds on average over calibrations"
+            if len(self.folds) == 1
+            else "This is what experience says: the proof is for p-values of parts that were held out once"
+        )
+        fewest = math.ceil(count / (rate * (n + 1)) - 1e-9)
+        text = (
+            f"Of the parts that a batch flags, at most {rate:.3g} are good ones, in the long run (Benjamini and "
+            f"Hochberg's false-discovery rate). {sure}, for good parts that come from where the normal ones came from."
+        )
+        if fewest > count:
+            return f"{text} {n} normal parts give no p-value below {1 / (n + 1):.2g}: too few to flag any of {count}."
+        if fewest > 1:
+            text += (
+                f" {n} normal parts give no p-value below {1 / (n + 1):.2g}: with fewer than {fewest} parts of "
+                f"{count} as unusual as that, none is flagged."
+            )
+        return text
 
     def judge(self, members: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """Scores by each flow (N, K) -> (score, p-value, alarm), each (N,)."""
@@ -556,11 +599,13 @@ def score_to_csv(
     *,
     heatmaps: Path | None = None,
     batch_size: int = 8,
+    fdr: float | None = None,
     progress: bool = True,
-) -> tuple[list[tuple[str, str]], int]:
-    """Score images into a CSV file: image, score, p_value, alarm, error.
+) -> tuple[list[tuple[str, str]], int, int]:
+    """Score images into a CSV file: image, score, p_value, alarm, error; with ``fdr`` also flagged.
 
-    The file is written beside its place line by line, and moved there when it is complete.
+    The file is written beside its place line by line, and moved there when it is complete. Memory does not grow with
+    the number of images, but for their names and p-values.
 
     Args:
         deployed: the detector.
@@ -568,10 +613,11 @@ def score_to_csv(
         out: CSV file.
         heatmaps: folder for one PNG an image: the image beside its heatmap.
         batch_size: images at a time.
+        fdr: judge all images as one batch too, see :meth:`Deployed.flagged`.
         progress: show a bar.
 
     Returns:
-        (name, why) of images that could not be read; number of alarms.
+        (name, why) of images that could not be read; number of alarms; number of images flagged.
 
     Raises:
         OSError: a file that cannot be written; an older CSV file is left as it was.
@@ -579,7 +625,8 @@ def score_to_csv(
     from usf.plots.heatmaps import overlay, side_by_side
 
     unread: list[tuple[str, str]] = []
-    alarms = 0
+    alarms = flagged = 0
+    p_values = array("d")
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}-")
     temporary = Path(name)
@@ -593,15 +640,39 @@ def score_to_csv(
                     writer.writerow((files[part.path], "", "", "", part.error))
                     continue
                 alarms += part.alarm
+                p_values.append(part.p)
                 writer.writerow((files[part.path], f"{part.score:.9g}", f"{part.p:.6g}", int(part.alarm), ""))
                 if heatmaps is not None:
                     target = heatmaps / f"{files[part.path]}.png"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     picture = load_images([part.path], deployed.detector.size)[0]
                     side_by_side(picture, overlay(picture, part.map, deployed.threshold)).save(target)
+        if fdr is not None:
+            flags = deployed.flagged(np.frombuffer(p_values), fdr)
+            flagged = int(flags.sum())
+            _add_flags(temporary, flags)
         temporary.chmod(0o644)
         temporary.replace(out)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return unread, alarms
+    return unread, alarms, flagged
+
+
+def _add_flags(path: Path, flags: NDArray[np.bool_]) -> None:
+    """Add a column to a CSV file of scores: which images are flagged; empty for those that could not be read."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-")
+    temporary, left = Path(name), iter(flags.tolist())
+    try:
+        with (
+            path.open(newline="", encoding="utf8") as old,
+            open(handle, "w", newline="", encoding="utf8") as new,
+        ):
+            rows, writer = csv.reader(old), csv.writer(new, lineterminator="\n")
+            writer.writerow([*next(rows), "flagged"])
+            for row in rows:
+                writer.writerow([*row, "" if row[1] == "" else int(next(left))])
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -7,6 +7,7 @@ the rest. A run that is stopped, however it is stopped, goes on where it was whe
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,22 +16,23 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from usf.calibration import CalibrationError, normals_needed, tail_rank
+from usf.calibration import CalibrationError, ChiLaw, normals_needed, tail_rank
 from usf.files import atomic_write
 from usf.study.catalogue import ImageFolderError
-from usf.study.images import SUFFIXES, Sample, batches, load_masks
-from usf.study.records import hardware, settings_hash
+from usf.study.images import SUFFIXES, Sample, batches, load_masks, upright
+from usf.study.records import hardware, settings_hash, write_json
 
 if TYPE_CHECKING:
     from usf.deploy import Deployed, Scored
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InspectionError",
+    "Norms",
     "Options",
     "Part",
     "Plan",
@@ -79,9 +82,10 @@ class Part:
         role: ``"normal"`` (to train and calibrate on) or ``"test"``.
         label: of a test image: ``"good"``, the name of a defect, or ``None`` where nobody said.
         mask: ground truth, where there is one.
-        size: (width, height), pixels.
+        size: (width, height), pixels, upright.
         mode: Pillow's name of the pixel format.
         sha256: of the file.
+        turned: whether its EXIF orientation had to be followed to have it upright.
     """
 
     path: Path
@@ -92,6 +96,7 @@ class Part:
     size: tuple[int, int]
     mode: str
     sha256: str
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +156,11 @@ class Survey:
         return collections.Counter(kinds).most_common()
 
     @property
+    def turned(self) -> int:
+        """Images that their EXIF orientation turned."""
+        return sum(part.turned for part in self.parts)
+
+    @property
     def sha256(self) -> str:
         """Of names and contents of all images that are used."""
         lines = "\n".join(f"{part.name} {part.sha256}" for part in self.parts)
@@ -185,15 +195,15 @@ def reason(error: Exception) -> str:
     return "not an image" if text.startswith("cannot identify") else text
 
 
-def _look(path: Path) -> tuple[tuple[int, int], str, str]:
-    """(size, mode, SHA-256) of an image that decodes to the end."""
+def _look(path: Path) -> tuple[tuple[int, int], str, str, bool]:
+    """(size, mode, SHA-256, whether it was turned upright) of an image that decodes to the end."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with Image.open(path) as image:
-        image.load()
+        turned = upright(image)
         if image.mode == "F":
             raise ValueError("floating-point pixels, whose scale nobody knows: save as 8 or 16 bit")
-        return image.size, image.mode, digest
+        return image.size, image.mode, digest, turned
 
 
 def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool = False) -> Survey:
@@ -240,7 +250,7 @@ def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool
             ignored.append(name)
             continue
         try:
-            size, mode, digest = _look(path)
+            size, mode, digest, turned = _look(path)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error alike
             unreadable.append((name, reason(error)))
             continue
@@ -252,7 +262,8 @@ def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool
                 label = "good"
             elif label is not None:
                 mask = _mask(path, test_folder.parent / "ground_truth" / label, size)
-        parts.append(Part(path, name, "normal" if role == "normal" else "test", label, mask, size, mode, digest))
+        kind: Literal["normal", "test"] = "normal" if role == "normal" else "test"
+        parts.append(Part(path, name, kind, label, mask, size, mode, digest, turned))
     return _without_copies(root, _layout(root, normal_folder, kinds, labelled), parts, unreadable, ignored)
 
 
@@ -264,6 +275,7 @@ def _mask(image: Path, folder: Path, size: tuple[int, int]) -> Path | None:
             if path.is_file():
                 try:
                     with Image.open(path) as mask:
+                        upright(mask)
                         if mask.size == size and np.asarray(mask.convert("L")).max() > 127:
                             return path
                 except Exception:  # a damaged mask is no mask; the report says that masks are missing
@@ -308,6 +320,7 @@ class Options:
         calibration: ``"split"``: hold normal images out once; ``"cross"``: each once, with a flow for each fold;
             ``"auto"``: split where there are images enough, else cross.
         folds: of ``"cross"``.
+        fdr: wanted share of good parts among those that a batch of test images has called anomalous.
         size: images are resized to so many pixels square, a multiple of 16.
         backbone: ``"resnet18"`` or ``"wide_resnet50_2"``.
         weights: see :func:`usf.detectors.backbones.resolve`.
@@ -322,6 +335,7 @@ class Options:
     confidence: float | None = None
     calibration: Method = "auto"
     folds: int = 4
+    fdr: float = 0.1
     size: int = 256
     backbone: str = "resnet18"
     weights: str | None = None
@@ -343,6 +357,8 @@ class Options:
             raise ValueError(f"folds={self.folds}: at least 2 are needed")
         if self.calibration == "cross" and self.confidence is not None:
             raise ValueError("calibration='cross' makes no promise with a confidence: leave it out, or use 'split'")
+        if not 0 < self.fdr < 1:
+            raise ValueError(f"fdr={self.fdr!r}: a number between 0 and 1, both excluded, is needed")
         normals_needed(self.alpha, self.confidence)
 
 
@@ -525,6 +541,56 @@ def train(
 
 
 @dataclasses.dataclass(frozen=True)
+class Norms:
+    """Norms of all latents of normal images: they have a chi law where a flow did what its Gaussian base asks for.
+
+    Attributes:
+        dimension: latents of an image.
+        fit: of the images that flow k was trained on, each (m_k,).
+        held_out: of those that it was not trained on, each (n_k,).
+    """
+
+    dimension: int
+    fit: list[NDArray[np.float64]]
+    held_out: list[NDArray[np.float64]]
+
+    @property
+    def square(self) -> float:
+        """Mean squared latent of the images not trained on; 1 under the base."""
+        return float(np.mean(np.concatenate(self.held_out) ** 2)) / self.dimension
+
+    @property
+    def effective(self) -> float:
+        """Degrees of freedom with which the norms vary, as many as latents under the base; median over flows.
+
+        Raises:
+            CalibrationError: norms that do not vary at all.
+        """
+        return float(np.median([ChiLaw.fit(norms).dimension for norms in self.fit]))
+
+    def pit(self) -> NDArray[np.float64]:
+        """Probability integral transforms (n,) of images not trained on, under the chi law of all latents.
+
+        The law's variance is the mean squared latent of the images that the flow was trained on: the learned scales
+        are still on their way after a short training, and one number repairs that.
+        """
+        return np.concatenate(
+            [
+                ChiLaw(self.dimension, float(np.mean(fit**2)) / self.dimension).pit(held)
+                for fit, held in zip(self.fit, self.held_out, strict=True)
+            ]
+        )
+
+    def pit_fitted(self) -> NDArray[np.float64]:
+        """The same under the chi law that has mean and variance of the images trained on.
+
+        Raises:
+            CalibrationError: norms that do not vary at all.
+        """
+        return np.concatenate([ChiLaw.fit(fit).pit(held) for fit, held in zip(self.fit, self.held_out, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
 class Speed:
     """How long scoring takes on this machine, reading of files included.
 
@@ -551,6 +617,7 @@ class Result:
         deployed: the detector, as saved.
         model: its folder.
         losses: of each flow, nats per dimension by epoch.
+        norms: of the latents of normal images.
         calibration: normal images with the score by the flow that was not trained on them.
         scored: test images.
         metrics: name -> value in [0, 1], where labels allow.
@@ -565,6 +632,7 @@ class Result:
     deployed: Deployed
     model: Path
     losses: list[list[float]]
+    norms: Norms
     calibration: list[Scored]
     scored: list[Scored]
     metrics: dict[str, float]
@@ -577,6 +645,26 @@ def _probe(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-"):
         pass
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock ends with the process, however it ends.
+
+    Raises:
+        InspectionError: another process is in there.
+    """
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InspectionError(
+            f"{folder.parent} is being written by another `usf inspect`: wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _room(folder: Path, needed: int) -> None:
@@ -608,15 +696,23 @@ def inspect(
     Raises:
         ImageFolderError: too few normal images.
         CalibrationError: a promise that cannot be made.
-        InspectionError: not enough disk space.
+        InspectionError: not enough disk space, or another process that writes to ``out``.
         OSError: ``out`` cannot be written.
         ValueError, FileNotFoundError, ConnectionError: weights that do not exist or do not fit.
     """
-    started = time.perf_counter()
     options = options or Options()
     out = Path(out).expanduser()
     decided = plan(len(found.normals), options)
-    _probe(out)
+    for folder in (out, out / "state"):
+        _probe(folder)
+    with _alone(out / "state"):
+        return _inspect(found, out, options, decided, progress, say)
+
+
+def _inspect(
+    found: Survey, out: Path, options: Options, decided: Plan, progress: bool, say: Callable[[str], None]
+) -> Result:
+    started = time.perf_counter()
     for note in decided.notes:
         say(note)
 
@@ -628,7 +724,7 @@ def inspect(
         deploy.build(options.size, weights, FlowOptions(), options.seed + k, options.flow_steps)
         for k in range(len(decided.folds))
     ]
-    losses = _train_all(models, found, out / "state", options, decided, weights, progress)
+    losses, norms = _train_all(models, found, out / "state", options, decided, weights, progress)
 
     detector = deploy.Detector(models)
     normal_files = [part.path for part in found.normals]
@@ -656,7 +752,7 @@ def inspect(
     speed = _speed(deployed, normal_files)
     shutil.rmtree(out / "state" / "features", ignore_errors=True)
     return Result(
-        found, options, decided, weights, deployed, out / "model", losses, calibration, scored,
+        found, options, decided, weights, deployed, out / "model", losses, norms, calibration, scored,
         _metrics(found, scored, options.size), speed, time.perf_counter() - started,
     )  # fmt: skip
 
@@ -669,7 +765,7 @@ def _train_all(
     decided: Plan,
     weights: Weights,
     progress: bool,
-) -> list[list[float]]:
+) -> tuple[list[list[float]], Norms]:
     from usf.detectors import backbones
     from usf.study.features import cache_key, extract
 
@@ -687,15 +783,16 @@ def _train_all(
         }  # fmt: skip
         trainings.append((own, epochs, settings_hash(what)))
     checkpoints = [state / f"flow-{identity}.safetensors" for _, _, identity in trainings]
+    measured = [state / f"norms-{identity}.json" for _, _, identity in trainings]
     done = []
-    for path, (_, epochs, identity) in zip(checkpoints, trainings, strict=True):
+    for path, norms, (_, epochs, identity) in zip(checkpoints, measured, trainings, strict=True):
         stored = _resume(path, identity)
-        done.append(stored is not None and len(stored[1]["losses"]) == epochs)
+        done.append(stored is not None and len(stored[1]["losses"]) == epochs and norms.is_file())
+    first = models[0]
+    example = first.features(torch.zeros(1, 3, options.size, options.size))
     if all(done):
         features = None
     else:
-        first = models[0]
-        example = first.features(torch.zeros(1, 3, options.size, options.size))
         bytes_each = 4 * sum(level.numel() for level in example)
         trained = 4 * sum(parameter.numel() for parameter in first.trainable_parameters())
         state.mkdir(parents=True, exist_ok=True)
@@ -717,6 +814,7 @@ def _train_all(
             model.eval()
             losses.append([float(loss) for loss in stored[1]["losses"]])
             continue
+        assert features is not None
         losses.append(
             train(
                 model,
@@ -730,10 +828,23 @@ def _train_all(
                 label=label,
             )
         )
-    for path in state.glob("flow-*.safetensors"):  # of other settings
-        if path not in checkpoints:
+        held = features.subset(list(decided.folds[k - 1]))
+        write_json(measured[k - 1], {"fit": _norms(model, chosen), "held_out": _norms(model, held)})
+    for path in (*state.glob("flow-*.safetensors"), *state.glob("norms-*.json")):  # of other settings
+        if path not in (*checkpoints, *measured):
             path.unlink(missing_ok=True)
-    return losses
+    rows = [json.loads(path.read_text("utf8")) for path in measured]
+    fit, held_out = ([np.array(row[part], dtype=np.float64) for row in rows] for part in ("fit", "held_out"))
+    return losses, Norms(sum(level.numel() for level in example), fit, held_out)
+
+
+def _norms(model: FastflowModel, features: Features, batch_size: int = 8) -> list[float]:
+    """Norms of all latents of each image."""
+    found: list[float] = []
+    with torch.inference_mode():
+        for part in batches(len(features), batch_size):
+            found += (2 * model.latents(features.batch(part)).energies()).sqrt().tolist()
+    return found
 
 
 def _calibrate(

@@ -27,7 +27,12 @@ def _histogram(axis: Axes, values: NDArray[np.float64], edges: NDArray[np.float6
 
 
 def pit(
-    samples: Mapping[str, ArrayLike], colors: Mapping[str, str], *, bins: int = 10, confidence: float = 0.95
+    samples: Mapping[str, ArrayLike],
+    colors: Mapping[str, str],
+    *,
+    bins: int = 10,
+    confidence: float = 0.95,
+    stacked: bool = False,
 ) -> Figure:
     """Probability integral transforms of normal parts: histogram, and distribution function with its exact band.
 
@@ -39,11 +44,13 @@ def pit(
         colors: label -> key of :data:`usf.plots.COLORS`.
         bins: of the histogram.
         confidence: of both bands.
+        stacked: one above the other, for narrow pages.
 
     Raises:
         CalibrationError: values outside [0, 1], not finite, or none.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
+    shape, size = ((2, 1), (3.6, 6.2)) if stacked else ((1, 2), (7.4, 3.4))
+    figure, (left, right) = plt.subplots(*shape, figsize=size)
     edges = np.linspace(0, 1, bins + 1)
     fewest = min(np.size(values) for values in samples.values())
     low, high = stats.binom(fewest, 1 / bins).interval(confidence)
@@ -63,7 +70,7 @@ def pit(
     left.set(xlabel="PIT of the norm", ylabel="density", xlim=(-0.02, 1.02))
     left.set_ylim(bottom=0)
     right.set(xlabel="PIT of the norm", ylabel="share of normal parts below", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(samples))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=1 if stacked else len(samples))
     return figure
 
 

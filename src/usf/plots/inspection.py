@@ -15,9 +15,14 @@ from usf.plots.theme import COLORS, INK
 __all__ = ["score_histogram", "training"]
 
 
-def training(losses: Sequence[Sequence[float]]) -> Figure:
-    """Negative log-likelihood of the training images, nats per dimension, over epochs; one line a flow."""
-    figure, axis = plt.subplots(figsize=(4.6, 2.6))
+def training(losses: Sequence[Sequence[float]], *, width: float = 4.6) -> Figure:
+    """Negative log-likelihood of the training images, nats per dimension, over epochs; one line a flow.
+
+    Args:
+        losses: of each flow, by epoch.
+        width: of the figure, inches.
+    """
+    figure, axis = plt.subplots(figsize=(width, 2.6))
     for values in losses:
         axis.plot(np.arange(1, len(values) + 1), values, color=COLORS["usf"], marker="o", markersize=3, alpha=0.8)
     axis.set(xlabel="epoch", ylabel="nats per dimension")
@@ -25,19 +30,20 @@ def training(losses: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
-def score_histogram(groups: Mapping[str, tuple[ArrayLike, str]], threshold: float) -> Figure:
+def score_histogram(groups: Mapping[str, tuple[ArrayLike, str]], threshold: float, *, width: float = 8.6) -> Figure:
     """Histograms of positive scores, one row a group, on a shared logarithmic axis; the line is the threshold.
 
     Args:
         groups: label -> (scores (n,), key of :data:`usf.plots.COLORS`); empty ones are left out.
         threshold: an alarm is to the right of it.
+        width: of the figure, inches.
     """
     kept = {label: (np.asarray(values, dtype=np.float64), color) for label, (values, color) in groups.items()}
     kept = {label: pair for label, pair in kept.items() if pair[0].size}
     total = np.concatenate([values for values, _ in kept.values()] + [np.array([threshold])])
     low, high = float(total.min()) / 1.05, float(total.max()) * 1.05
     edges = np.geomspace(low, high, 41)
-    figure, axes = plt.subplots(len(kept), 1, figsize=(8.6, 1.05 * len(kept) + 0.7), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(kept), 1, figsize=(width, 1.05 * len(kept) + 0.7), sharex=True, squeeze=False)
     for axis, (label, (values, color)) in zip(axes[:, 0], kept.items(), strict=True):
         axis.hist(values, edges, color=COLORS[color], alpha=0.85)
         axis.axvline(threshold, color=INK, linestyle="--", linewidth=1.2)

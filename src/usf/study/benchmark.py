@@ -639,11 +639,29 @@ def _versions() -> str:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+EPILOG = """\
+examples (usf benchmark is the same command):
+  python -m usf.study.benchmark textures weave fastflow --profile smoke
+  python -m usf.study.benchmark mvtec bottle fastflow --variants affine additive-lu --seeds 0-4
+  python -m usf.study.benchmark my_parts nut cflow --images my_parts/nut --epochs 4
+
+Stop it whenever you like, and start it again with the same arguments: it goes on where it was.
+
+exit codes:
+  0    every training is on record
+  1    a training failed; its record says why
+  2    a wrong command, folder or file; nothing was done
+  130  stopped with Ctrl-C
+  143  told to end
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usf.study.benchmark",
         description="Train and score the models of one cell that have no records yet.",
-        epilog="Stop it whenever you like, and start it again with the same arguments: it goes on where it was.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", help="mvtec, hazelnut_toy, textures, or a name of your own with --images")
     parser.add_argument("category", help="the class, as its folder is called")

@@ -231,4 +231,9 @@ def _allocate(shape: tuple[int, ...], folder: Path | None, index: int) -> Tensor
         # Through numpy: memory made inside inference_mode by torch would be marked as inference's own.
         return torch.from_numpy(np.empty(shape, dtype=np.float32))
     path = os.fspath(folder / f"level{index}.npy")
-    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A full disk is an error here and now, and not a signal that ends the process when a page is written.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return torch.from_numpy(mapped)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +33,6 @@ __all__ = [
     "IMAGENET_STD",
     "SUFFIXES",
     "ImageFolder",
-    "ImageFolderError",
     "Manifest",
     "Sample",
     "datamodule",
@@ -44,6 +43,7 @@ __all__ = [
     "normalise",
     "read",
     "read_class",
+    "upright",
 ]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -202,7 +202,7 @@ def _check_decodes(path: Path) -> tuple[int, int]:
         raise ImageFolderError(f"{path} is not an image ({', '.join(SUFFIXES)} are read): move it out of the folder")
     try:
         with Image.open(path) as image:
-            image.load()
+            upright(image)
             return image.size
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error alike
         raise ImageFolderError(
@@ -468,9 +468,22 @@ def find(images: str | Path | None = None, *, small: bool = False) -> ImageFolde
     return read(textures.ensure(small=small))
 
 
+def upright(image: Image.Image) -> bool:
+    """Decode an opened image to its end and turn it, in place, as its EXIF orientation says; whether that turned it.
+
+    Cameras store a photo as the sensor lay and say in its EXIF how it was held. Two photos of one part are alike only
+    when both are turned. anomalib's own datamodules do not turn images.
+    """
+    turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return turned
+
+
 def _rgb(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3). Transparency is dropped; grey of 16 bits keeps its high byte, where Pillow would clip it to white."""
+    """(H, W, 3), upright. Transparency is dropped; grey of 16 bits keeps its high byte, where Pillow would clip it."""
     with Image.open(path) as image:
+        upright(image)
         if image.mode.startswith("I"):
             high = np.clip(np.asarray(image, dtype=np.int64) // 256, 0, 255).astype(np.uint8)
             return np.repeat(high[..., None], 3, axis=2)
@@ -480,11 +493,12 @@ def _rgb(path: Path) -> NDArray[np.uint8]:
 def _mask_array(sample: Sample) -> NDArray[np.bool_]:
     assert sample.mask is not None
     with Image.open(sample.mask) as image:
+        upright(image)
         return np.asarray(image.convert("L")) > sample.threshold
 
 
 def load_images(files: Sequence[Path], size: int) -> Tensor:
-    """Decode and resize to ``size`` x ``size``: (N, 3, size, size), float32 in [0, 1].
+    """Decode, turn upright and resize to ``size`` x ``size``: (N, 3, size, size), float32 in [0, 1].
 
     Bilinear with antialiasing, as anomalib's and torchvision's ``Resize``; images that have the size already are not
     touched.

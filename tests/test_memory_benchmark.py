@@ -1,0 +1,53 @@
+"""The benchmark of memory: it runs, and its processes are measured by themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("anomalib", reason="needs the detectors extra")
+
+from usf.study import records
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_peak_memory_is_that_of_the_process_alone(benchmark: ModuleType) -> None:
+    held = np.ones(60_000_000)  # 480 MB that the child has not
+    small = [sys.executable, "-S", "-c", "print('small')"]
+    large = [sys.executable, "-S", "-c", "import sys; x = bytearray(200_000_000); sys.exit(len(x) // 10**8)"]
+    code, _, spent = benchmark.measured(small, 1)
+    assert code == 0
+    assert 2 < spent["peak_mb"] < 60
+    code, _, more = benchmark.measured(large, 1)
+    assert code == 2
+    assert more["peak_mb"] == pytest.approx(200 + spent["peak_mb"], abs=15)
+    assert held[-1] == 1
+
+
+def test_every_folder_is_a_row(benchmark: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "memory.csv"
+    benchmark.run(out, counts=[3], size=64, weights="random")
+    rows = records.read_csv(out)
+    assert [(row["images"], row["heatmaps"], row["status"]) for row in rows] == [(3, 0, "ok"), (3, 1, "ok")]
+    assert all(100 < row["peak_mb"] < 20_000 for row in rows)
+    assert "random" in rows[0]["weights"]
+    assert json.loads(out.with_suffix(".json").read_text())["settings"]["size"] == 64
+    with pytest.raises(ValueError, match="at least one image"):
+        benchmark.run(out, counts=[0])
