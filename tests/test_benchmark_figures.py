@@ -41,7 +41,7 @@ def test_figures_of_the_papers_tables_have_a_mark_for_each_comparison() -> None:
     for figure in (benchmark.mean_differences(table), benchmark.spread_ratios(paper.differences(), table)):
         assert _drawn(figure, benchmark.PAPER) == len(table) == 12
         filled = [
-            line.get_markerfacecolor() != "white"
+            line.get_markerfacecolor() != "none"
             for line in figure.axes[0].get_lines()
             if line.get_marker() == benchmark.PAPER
         ]

@@ -75,6 +75,10 @@ def test_records_are_counted_by_outcome(tmp_path: Path) -> None:
     ]
     (tmp_path / "scores.csv").write_text("\n".join([header, *rows]))
     assert status.count_records(tmp_path, "scores.csv") == (1, 1)
+    # Rows that are about something else.
+    assert status.count_records(tmp_path, "scores.csv dataset=visa") == (0, 0)
+    assert status.count_records(tmp_path, "scores.csv dataset=mvtec|visa seed=0") == (1, 0)
+    assert status.count_records(tmp_path, "*.csv dataset=mvtec") == (1, 1), "a file without the column has no such row"
 
 
 def test_status_says_what_is_missing() -> None:
@@ -82,6 +86,7 @@ def test_status_says_what_is_missing() -> None:
     assert claim.status == "open"
     chapter = {"chapter": "07-gaussian-mixtures", "title": "Mixtures"}
     assert status.Claim("Figure 4", "text", **chapter, records="mixtures").status == "live run only, no records yet"
+    assert status.Claim("Table 2", "text", **chapter, records="a.csv dataset=visa").status == "no run on record"
     assert status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=1).status == "1 run on record"
     claim = status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=5, failed=2)
     assert claim.status == "5 runs on record, 2 failed"

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from usf.plots.theme import COLORS, INK
 from usf.study import paper, statistics, tables
@@ -67,7 +67,7 @@ def mean_differences(table: pd.DataFrame) -> Figure:
         shown = row["p_holm"] < 0.05
         axis.plot([row["student_low"], row["student_high"]], [y, y], color=COLORS["usf"], lw=1.0)
         axis.plot([row["low"], row["high"]], [y, y], color=COLORS["usf"], lw=3.5, alpha=0.55, solid_capstyle="butt")
-        face = COLORS["usf"] if shown else "white"
+        face = COLORS["usf"] if shown else "none"
         axis.plot(row["difference"], y, PAPER, color=COLORS["usf"], markerfacecolor=face, ms=6, zorder=3)
         axis.text(1.01, y, f"{row['p_holm']:.2g}", transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.text(1.01, -0.8, "Holm p", transform=axis.get_yaxis_transform(), va="center", fontsize=9)
@@ -95,7 +95,7 @@ def spread_ratios(classes: pd.DataFrame, table: pd.DataFrame) -> Figure:
         ratio = part["sd_usf"].clip(lower=floor) / part["sd_base"].clip(lower=floor)
         axis.plot(ratio, y + rng.uniform(-0.17, 0.17, len(part)), ".", color=INK, ms=4, alpha=0.6)
         axis.plot([row["ratio_low"], row["ratio_high"]], [y, y], color=COLORS["usf"], lw=1.8)
-        face = COLORS["usf"] if row["ratio_p_holm"] < 0.05 else "white"
+        face = COLORS["usf"] if row["ratio_p_holm"] < 0.05 else "none"
         axis.plot(row["ratio"], y, PAPER, color=COLORS["usf"], markerfacecolor=face, ms=6, zorder=3)
         text = f"{row['ratio_p_holm']:.2g}"
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
@@ -260,7 +260,8 @@ def measured(cells: Mapping[str, Mapping[Key, Cell]], *, seed: int = 0) -> Figur
 
 
 def over_epochs(records: Sequence[Record], metric: str = "image_auroc") -> Figure:
-    """AUROC after every traced epoch, a panel a detector: a thin line a training, a thick one the mean of a variant.
+    """AUROC after every traced epoch, a panel a detector and class: a thin line a training, a thick one the mean of the
+    trainings of a variant that are equally long.
 
     Args:
         records: of protocol ``"trace"`` and one score; runs that failed leave their lines where they broke off.
@@ -272,21 +273,32 @@ def over_epochs(records: Sequence[Record], metric: str = "image_auroc") -> Figur
     rows = [r for r in records if r.protocol == "trace" and r.status == "ok" and getattr(r, metric) is not None]
     if not rows or len({record.score for record in rows}) > 1:
         raise ValueError("records of protocol trace and of one score are needed; choose with usf.study.tables.select")
-    detectors = [name for name in paper.DETECTORS if any(record.detector == name for record in rows)]
-    figure, axes = plt.subplots(1, len(detectors), figsize=(8.2, 2.8), sharey=True, squeeze=False)
-    for axis, detector in zip(axes[0], detectors, strict=True):
-        part = tables.frame(record for record in rows if record.detector == detector)
-        variants = sorted(part["variant"].unique(), key=lambda variant: tables.model_order(detector, variant))
-        for variant in variants:
-            own = part[part["variant"] == variant]
+    detectors = list(paper.DETECTORS)
+    panels = sorted({(detectors.index(r.detector), r.dataset, r.category) for r in rows})
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(8.2, 2.3 * lines + 0.4), sharey=True, squeeze=False)
+    table = tables.frame(rows)
+    shown: dict[str, Line2D] = {}
+    for axis, (number, dataset, category) in zip(axes.flat, panels, strict=False):
+        detector = detectors[number]
+        part = table[(table["detector"] == detector) & (table["dataset"] == dataset) & (table["category"] == category)]
+        for variant in sorted(part["variant"].unique(), key=lambda variant: tables.model_order(detector, variant)):
             style = "-" if variant.endswith("LU") or variant.startswith("affine") else "--"
-            for _, line in own.groupby(["dataset", "category", "seed", "settings"]):
-                line = line.sort_values("epoch")
-                axis.plot(line["epoch"], line[metric], style, color=_color(variant), lw=0.6, alpha=0.35)
-            mean = own.groupby("epoch")[metric].mean()
-            axis.plot(mean.index, mean, style, color=_color(variant), lw=2.0, label=variant)
-        axis.set_title(paper.DETECTORS[detector])
-        axis.set_xlabel("epoch")
-        axis.legend(fontsize=8)
-    axes[0, 0].set_ylabel(f"{metric.removesuffix('_auroc')} AUROC, %")
+            for _, own in part[part["variant"] == variant].groupby("epochs"):
+                for _, line in own.groupby(["seed", "settings"]):
+                    line = line.sort_values("epoch")
+                    axis.plot(line["epoch"], line[metric], style, color=_color(variant), lw=0.6, alpha=0.35)
+                mean = own.groupby("epoch")[metric].mean()
+                (thick,) = axis.plot(mean.index, mean, style, color=_color(variant), lw=2.0)
+                shown.setdefault(variant, thick)
+        axis.set_title(f"{paper.DETECTORS[detector]}, {category}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"{metric.removesuffix('_auroc')} AUROC, %")
+    figure.supxlabel("epoch", fontsize=10, color=INK)
+    order = sorted(shown, key=lambda variant: tables.model_order("fastflow", variant))
+    figure.legend([shown[variant] for variant in order], order, loc="outside upper right", ncols=len(order))
     return figure

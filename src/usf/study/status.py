@@ -2,7 +2,8 @@
 
 The claims stand in ``data/paper/claims.csv``, one row each: the place in the paper, the claim in our words, the chapter
 that checks it (its name without the number), and the files in ``data/results/`` whose records it needs, as a pattern
-(empty for a claim that its chapter derives or computes on every build).
+(empty for a claim that its chapter derives or computes on every build). Where only some rows of these files are about
+the claim, the pattern is followed by what they have in a column: ``benchmark/*.csv dataset=mvtec|visa``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Claim:
     chapter, title:
         File name (without suffix) and heading of the chapter that checks it; ``None`` where it is not written yet.
     records:
-        Pattern of the files with the records it needs, or ``None``.
+        Pattern of the files with the records it needs, perhaps with conditions, or ``None``.
     succeeded, failed:
         Number of records by outcome.
     """
@@ -47,7 +48,8 @@ class Claim:
         if self.records is None:
             return "checked on every build"
         if not self.succeeded + self.failed:
-            return "live run only, no records yet"
+            # Files are there, but none of their rows is about this claim.
+            return "no run on record" if "=" in self.records else "live run only, no records yet"
         runs = f"{self.succeeded} run{'' if self.succeeded == 1 else 's'} on record"
         return f"{runs}, {self.failed} failed" if self.failed else runs
 
@@ -63,14 +65,19 @@ def count_records(folder: Path, pattern: str) -> tuple[int, int]:
     """Runs in the CSV files of a folder that match a pattern, as (succeeded, failed).
 
     A row is a run, unless the file has a row for each score of a trained model: then its rows are one run. A run has
-    failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records.
+    failed where its column ``status`` says anything but ``ok``. A folder that does not exist has no records. Conditions
+    behind the pattern, ``COLUMN=VALUE`` or ``COLUMN=VALUE|VALUE``, leave out rows that do not meet them.
     """
+    pattern, *conditions = pattern.split()
+    wanted = {name: values.split("|") for name, values in (condition.split("=") for condition in conditions)}
     rows = 0
     failed_rows = 0
     runs: dict[tuple[str, ...], bool] = {}
     for path in sorted(folder.glob(pattern)):
         with path.open(newline="", encoding="utf8") as stream:
             for row in csv.DictReader(stream):
+                if not all(row.get(name) in values for name, values in wanted.items()):
+                    continue
                 fine = row.get("status", "ok") == "ok"
                 if "score" in row and "settings" in row:
                     key = tuple(row.get(name, "") for name in TRAINING)

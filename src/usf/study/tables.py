@@ -43,6 +43,7 @@ __all__ = [
     "protocol_gain",
     "select",
     "summary",
+    "varied",
 ]
 
 NOT_RUN = "not run"
@@ -311,6 +312,50 @@ def agreement(cells: Mapping[str, Mapping[Key, Cell]], *, level: float = 0.95) -
     return pd.DataFrame(rows, columns=names)
 
 
+def varied(usual: Iterable[Record], records: Iterable[Record]) -> pd.DataFrame:
+    """What one changed setting does to the distance from the paper: longer training, or larger images.
+
+    Args:
+        usual: of one setting for each detector and class, as :func:`collect` wants them.
+        records: of the main protocol and the same scores, of all settings.
+
+    Returns:
+        one row for each detector, class and flow of the paper, level, and setting that differs from the usual one in
+        ``epochs`` or in ``size`` and in nothing else: ``dataset, category, detector, flow, level, changed`` (the
+        column's name), ``value``, ``seeds`` (common to both settings, and the only ones that count), ``before, after,
+        paper`` (means in percent) and ``closed``, the share of the distance from the paper that the change takes away
+        (negative where it adds to it; empty without a distance).
+    """
+    import pandas as pd
+
+    from usf.study import paper
+
+    names = "dataset category detector flow level changed value seeds before after paper closed".split()
+    printed = paper.cells().set_index(["dataset", "category", "detector", "flow", "level"])["mean"].to_dict()
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in select(records, status="ok", protocol="main", flow=("base", "usf")):
+        found.setdefault((*record.training, record.score), []).append(record)
+    columns = (*TRAINING, "score")
+    groups: dict[tuple[Any, ...], list[tuple[Record, Record]]] = {}
+    for record in select(usual, status="ok", flow=("base", "usf")):
+        for key, others in found.items():
+            differ = [name for name, x in zip(columns, key, strict=True) if getattr(record, name) != x]
+            if differ in (["epochs"], ["size"]):
+                model = (record.dataset, record.category, record.detector, record.flow)
+                groups.setdefault((*model, differ[0], getattr(others[0], differ[0])), []).append((record, others[0]))
+    rows = []
+    for (*about, changed, value), pairs in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        for level, metric in METRIC.items():
+            target = printed.get((*about, level))
+            both = [[getattr(record, metric) for record in side] for side in zip(*pairs, strict=True)]
+            if target is None or any(value is None for side in both for value in side):
+                continue
+            before, after = (100 * statistics.fmean(side) for side in both)
+            closed = (after - before) / (target - before) if target != before else None
+            rows.append((*about, level, changed, value, len(pairs), before, after, target, closed))
+    return pd.DataFrame(rows, columns=names)
+
+
 def comparison(
     cells: Mapping[str, Mapping[Key, Cell]], variant: str = "additive + LU", base: str = "affine", *, seed: int = 0
 ) -> pd.DataFrame:
@@ -430,13 +475,14 @@ def by_score(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def protocol_gain(records: Iterable[Record]) -> pd.DataFrame:
-    """What selecting on the test set buys: AUROC of protocol ``"paper"`` minus ``"main"``, percent points.
+    """What selecting on the test set buys: AUROC of protocol ``"paper"`` beside ``"main"``, class by class.
 
     Pairs agree in everything but the protocol and the settings, which hold the rule that stops.
 
     Returns:
-        a row for each ``detector, variant, score`` with ``pairs``, ``image``, ``pixel`` (mean differences),
-        ``epoch_main``, ``epoch_paper`` (mean epoch that was scored); empty without pairs.
+        a row for each ``detector, dataset, category, variant, score`` with the number of ``pairs`` and their means:
+        ``image_main, image_paper, image_gain`` (paper minus main) and the same for ``pixel``, in percent and percent
+        points; ``epoch_main, epoch_paper``, the epoch that was scored. Empty without pairs.
 
     Raises:
         RecordError: a training that is there in two settings of one protocol.
@@ -452,17 +498,20 @@ def protocol_gain(records: Iterable[Record]) -> pd.DataFrame:
                 f"{file_name(record)}: more than one settings of protocol {record.protocol}; use select()"
             )
         pair[record.protocol] = record
+    names = ["detector", "dataset", "category", "variant", "score"]
     rows = []
     for pair in pairs.values():
         if len(pair) < 2:
             continue
         main, leaky = pair["main"], pair["paper"]
-        row: dict[str, Any] = {"detector": main.detector, "variant": main.variant, "score": main.score}
+        row: dict[str, Any] = {name: getattr(main, name) for name in names}
         for level, metric in METRIC.items():
-            values = getattr(leaky, metric), getattr(main, metric)
-            row[level] = None if None in values else 100 * (values[0] - values[1])
+            values = [getattr(record, metric) for record in (main, leaky)]
+            before, after = [None if value is None else 100 * value for value in values]
+            row[f"{level}_main"], row[f"{level}_paper"] = before, after
+            row[f"{level}_gain"] = None if before is None or after is None else after - before
         rows.append(row | {"epoch_main": main.epoch, "epoch_paper": leaky.epoch})
-    return _means(pd.DataFrame(rows), ["detector", "variant", "score"], "pairs")
+    return _means(pd.DataFrame(rows), names, "pairs")
 
 
 def failures(records: Iterable[Record]) -> pd.DataFrame:
@@ -474,36 +523,45 @@ def failures(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame([[getattr(r, name) for name in names] for r in failed.values()], columns=names)
 
 
-def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs: int = 100) -> pd.DataFrame:
+def cost(
+    records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs: int = 100, images: int | None = None
+) -> pd.DataFrame:
     """What the paper's grid costs, from the wall time of the trainings that succeeded.
+
+    Features are extracted once for each class and detector, and shared by the runs of two flows. A class that was read
+    from a cache later counts with the time that it took at first.
 
     Args:
         records: the rows of one training count once, those of a trace not at all.
         classes, runs: of the grid, for each detector and flow (the paper: 15 + 12 classes, three runs).
         epochs: at most as many (the paper: 100).
+        images: to train on in all these classes; by default those of MVTec AD and VisA.
 
     Returns:
         one row for each detector, variant, size and machine: ``trainings`` measured; their mean ``seconds``,
-        ``epochs_run`` and ``seconds_epoch``; ``seconds_shared`` (features, divided among the trainings of the class
-        that share them; and scoring); ``hours``: classes * runs * (seconds + seconds_shared) / 3600, with the measured
-        epochs; ``hours_limit``: the same if every training ran to ``epochs``; ``hours_unshared``: the same as ``hours``
-        if the features were computed anew in every epoch; ``unit``: ``"GPU-hours"``, or ``"core-hours"``, which are
-        hours multiplied by the threads used.
+        ``epochs_run`` and ``seconds_image`` (of training, for each image and epoch); ``seconds_shared`` (a training's
+        share of the features, and scoring); ``hours``: classes * runs * (seconds + seconds_shared) / 3600, with epochs
+        and images as measured; ``hours_limit``: the same if every training ran to ``epochs`` on all ``images``;
+        ``unit``: ``"GPU-hours"``, or ``"core-hours"``, which are hours multiplied by the threads used.
     """
     import pandas as pd
 
+    from usf.study.catalogue import DATASETS
+
+    if images is None:
+        images = sum(counts.train for dataset in DATASETS.values() for counts in dataset.classes.values())
     seen: dict[tuple[Any, ...], Record] = {}
     for record in records:
         # Rows of a trace are written on the way: their seconds are those up to their epoch.
         if record.status == "ok" and record.epochs_run and record.protocol != "trace":
             seen[record.training] = record
-    sharing: dict[tuple[Any, ...], int] = {}
+    extracted: dict[tuple[Any, ...], float] = {}
 
-    def shared(record: Record) -> tuple[Any, ...]:
-        return record.dataset, record.category, record.backbone, record.layers, record.size, record.seconds_features
+    def source(record: Record) -> tuple[Any, ...]:
+        return record.dataset, record.category, record.backbone, record.layers, record.size, record.device
 
     for record in seen.values():
-        sharing[shared(record)] = sharing.get(shared(record), 0) + 1
+        extracted[source(record)] = max(extracted.get(source(record), 0.0), record.seconds_features or 0.0)
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in seen.values():
         key = (record.detector, record.variant, record.backbone, record.size, record.device, record.hardware)
@@ -512,12 +570,10 @@ def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs:
     ordered = sorted(groups.items(), key=lambda item: (model_order(*item[0][:2]), item[0][2:]))
     for (detector, variant, backbone, size, device, hardware, threads), group in ordered:
         seconds = statistics.fmean(record.seconds for record in group)
-        epoch = statistics.fmean(record.seconds / record.epochs_run for record in group)
-        features = [record.seconds_features or 0.0 for record in group]
-        parts = [f / sharing[shared(record)] for f, record in zip(features, group, strict=True)]
-        again = [f * record.epochs_run for f, record in zip(features, group, strict=True)]
-        scoring = statistics.fmean(record.seconds_score or 0.0 for record in group)
-        scale = classes * runs * (1 if device == "cuda" else threads) / 3600
+        image = statistics.fmean(record.seconds / (record.epochs_run * record.train_images) for record in group)
+        features = statistics.fmean(extracted[source(record)] for record in group) / (len(VARIANTS) * runs)
+        shared = features + statistics.fmean(record.seconds_score or 0.0 for record in group)
+        scale = (1 if device == "cuda" else threads) / 3600
         rows.append(
             {
                 "detector": detector,
@@ -528,11 +584,10 @@ def cost(records: Iterable[Record], *, classes: int = 27, runs: int = 3, epochs:
                 "trainings": len(group),
                 "seconds": seconds,
                 "epochs_run": statistics.fmean(record.epochs_run for record in group),
-                "seconds_epoch": epoch,
-                "seconds_shared": statistics.fmean(parts) + scoring,
-                "hours": scale * (seconds + statistics.fmean(parts) + scoring),
-                "hours_limit": scale * (epochs * epoch + statistics.fmean(parts) + scoring),
-                "hours_unshared": scale * (seconds + statistics.fmean(again) + scoring),
+                "seconds_image": image,
+                "seconds_shared": shared,
+                "hours": scale * classes * runs * (seconds + shared),
+                "hours_limit": scale * runs * (epochs * images * image + classes * shared),
                 "unit": "GPU-hours" if device == "cuda" else "core-hours",
             }
         )
