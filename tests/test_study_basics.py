@@ -90,7 +90,7 @@ def test_status_says_what_is_missing() -> None:
     assert status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=1).status == "1 run on record"
     claim = status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=5, failed=2)
     assert claim.status == "5 runs on record, 2 failed"
-    assert "[Mixtures](07-gaussian-mixtures.md)" in status.markdown([claim])
+    assert "[Mixtures](07-gaussian-mixtures.html)" in status.markdown([claim])
 
 
 def test_every_claim_has_a_place_and_a_text() -> None:

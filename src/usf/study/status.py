@@ -125,9 +125,9 @@ def claims() -> list[Claim]:
 
 
 def markdown(rows: Iterable[Claim]) -> str:
-    """The claims as a Markdown table with links to the chapters."""
+    """The claims as a Markdown table with links to the chapters' pages, beside the one that shows the table."""
     lines = ["| In the paper | Claim | Chapter | Status |", "|---|---|---|---|"]
     for claim in rows:
-        link = f"[{claim.title}]({claim.chapter}.md)" if claim.chapter else "not yet written"
+        link = f"[{claim.title}]({claim.chapter}.html)" if claim.chapter else "not yet written"
         lines.append(f"| {claim.place} | {claim.text} | {link} | {claim.status} |")
     return "\n".join(lines)
