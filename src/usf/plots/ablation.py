@@ -107,6 +107,8 @@ def class_changes(table: pd.DataFrame, what: str = "mean") -> Figure:
                     axis.plot([value, value], [y - 0.42, y + 0.02], color=INK, lw=2.2)
                 keys = (table["detector"] == detector) & (table["effect"] == variant) & (table["level"] == level)
                 _own(axis, table[keys], y, variant, own_column, classes)
+            if not (table["detector"] == detector).any():
+                axis.text(0.03, 0.06, "not run here", transform=axis.transAxes, fontsize=9)
             axis.axvline(0, color=INK, lw=0.8, ls="--")
             axis.grid(axis="x")
             _symlog(axis, 80)
@@ -226,6 +228,9 @@ def conditions(table: pd.DataFrame, level: str = "image") -> Figure:
                     np.arange(len(order)) + 0.06 * (number - 2.5), means, style, color=color(variant), lw=1.3,
                     marker="s", ms=3.5, markerfacecolor=_face(variant),
                 )  # fmt: skip
+            low, high = np.nanmin([part[level].min(), 99.0]), np.nanmax([part[level].max(), 100.0])
+            room = 0.04 * (high - low)
+            axis.set_ylim(low - room, high + room)
             axis.set_title(f"{paper.DETECTORS[detector]}, {name_of(*key)}", fontsize=9.5)
             axis.set_xticks(range(len(order)), [LABELS[name] for name in order], fontsize=8)
             axis.tick_params(axis="x", labelbottom=True)
