@@ -1,0 +1,34 @@
+/* What the theme's markup leaves to assistive technology and to the keyboard. */
+"use strict";
+
+/* Whatever scrolls can be scrolled with the keys. The theme sees to it once; cells that are unfolded later are not counted. */
+function keyboard() {
+  const boxes = "pre, .pst-scrollable-table-container, div.math, mjx-container[display], .cell_output .text_html";
+  for (const box of document.querySelectorAll(`article :is(${boxes})`)) {
+    const wide = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
+    if (wide && ["auto", "scroll"].includes(getComputedStyle(box).overflowX)) box.tabIndex = 0;
+    else if (box.tabIndex === 0) box.removeAttribute("tabindex");
+  }
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  // The bar with the title and the chapters is a landmark.
+  const bar = document.querySelector(".bd-sidebar-primary");
+  if (bar && !bar.hasAttribute("role")) {
+    bar.setAttribute("role", "complementary");
+    bar.setAttribute("aria-label", "Book");
+  }
+  // A list of works is read as text: its roles are deprecated, and not those of a list's parts.
+  for (const work of document.querySelectorAll(".citation-list, .citation")) work.removeAttribute("role");
+  // The corner of a table, above its row labels, is no header of anything.
+  for (const corner of document.querySelectorAll("article th")) {
+    if (!corner.textContent.trim() && !corner.querySelector("img, mjx-container")) corner.setAttribute("role", "cell");
+  }
+});
+
+addEventListener("load", () => {
+  const watch = new ResizeObserver(keyboard);
+  watch.observe(document.querySelector("article") ?? document.body); // it grows when something in it is unfolded
+  document.addEventListener("toggle", keyboard, true);
+  (window.MathJax?.startup?.promise ?? Promise.resolve()).then(keyboard);
+});
