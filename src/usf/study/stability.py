@@ -531,7 +531,7 @@ class Case:
         return "-".join(str(word).replace(" ", "_") for word in words) + "-" + records.settings_hash(self)
 
 
-RATES = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1)
+RATES = (3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1)
 
 VECTOR_COLUMNS = (
     *(("affine", remedy) for remedy in REMEDIES if remedy != "published start"),
@@ -568,12 +568,12 @@ def cases(part: Part, profile: str, *, data: str = "bottle", seeds: Sequence[int
         steps = select(profile, smoke=5, book=60, full=2000)
         fixed = {"data": "mixture", "mixing": "lu", "steps": steps, "batch": 32, "blocks": 10}
         fixed["size"] = select(profile, smoke=8, book=128, full=128)
-        rates = select(profile, smoke=(1e-2, 1.0), book=RATES, full=(1e-4, 3e-4, *RATES))
+        rates = select(profile, smoke=(1e-2, 1.0), book=RATES, full=(1e-4, 1e-3, *RATES))
         if part == "mixture":
             rows = [{"coupling": c, "remedy": r} for c, r in VECTOR_COLUMNS]
         elif part == "width":
             sizes = select(profile, smoke=(4, 8), book=(8, 32, 256), full=(8, 16, 32, 64, 256, 512, 1024))
-            rates = select(profile, smoke=(1e-2,), book=(3e-3, *RATES[2:], 2e-1, 3e-1, 5e-1), full=RATES)
+            rates = select(profile, smoke=(1e-2,), book=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1), full=RATES)
             rows = [{"size": d, "coupling": c, "remedy": "none"} for d in sizes for c in ("affine", "additive")]
         elif part == "start":
             fixed["steps"], rates = 1, (1e-3,)
@@ -582,7 +582,7 @@ def cases(part: Part, profile: str, *, data: str = "bottle", seeds: Sequence[int
             rows = [{"blocks": n, "coupling": c, "remedy": r} for c, r in columns for n in blocks]
         else:
             rates = select(profile, smoke=(1e-3,), book=(1e-3,), full=(1e-5, 1e-4, 1e-3))
-            fixed["steps"] = select(profile, smoke=5, book=600, full=50_000)
+            fixed["steps"] = select(profile, smoke=5, book=300, full=50_000)
             starts = [
                 ("affine", "random start"),
                 ("additive", "random start"),
