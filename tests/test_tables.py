@@ -417,6 +417,9 @@ def test_cost_counts_a_training_once_and_shares_features() -> None:
     # Read from a cache the second time: what counts is how long the extraction took.
     cached = [dataclasses.replace(record, seed=record.seed + 2, seconds_features=1.0) for record in records]
     assert tables.cost([*records, *cached]).iloc[0]["seconds_shared"] == pytest.approx(shared)
+    # So does the fastest run: the other one waited for something.
+    slow = [dataclasses.replace(record, seed=record.seed + 2, seconds=900.0) for record in records]
+    assert tables.cost([*records, *slow]).iloc[0]["hours"] == pytest.approx(row["hours"])
     gpu = tables.cost([dataclasses.replace(record, device="cuda") for record in records])
     assert gpu.iloc[0]["unit"] == "GPU-hours"
     assert gpu.iloc[0]["hours"] == pytest.approx(row["hours"] / 2)

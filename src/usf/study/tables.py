@@ -528,8 +528,9 @@ def cost(
 ) -> pd.DataFrame:
     """What the paper's grid costs, from the wall time of the trainings that succeeded.
 
-    Features are extracted once for each class and detector, and shared by the runs of two flows. A class that was read
-    from a cache later counts with the time that it took at first.
+    Of the runs of a model on a class the fastest counts: the others shared their machine with something else, for they
+    did the same work. Features are extracted once for each class and detector, and shared by the runs of two flows; a
+    class that was read from a cache later counts with the time that it took at first.
 
     Args:
         records: the rows of one training count once, those of a trace not at all.
@@ -538,11 +539,12 @@ def cost(
         images: to train on in all these classes; by default those of MVTec AD and VisA.
 
     Returns:
-        one row for each detector, variant, size and machine: ``trainings`` measured; their mean ``seconds``,
-        ``epochs_run`` and ``seconds_image`` (of training, for each image and epoch); ``seconds_shared`` (a training's
-        share of the features, and scoring); ``hours``: classes * runs * (seconds + seconds_shared) / 3600, with epochs
-        and images as measured; ``hours_limit``: the same if every training ran to ``epochs`` on all ``images``;
-        ``unit``: ``"GPU-hours"``, or ``"core-hours"``, which are hours multiplied by the threads used.
+        one row for each detector, variant, size and machine: ``trainings`` measured; means over their classes of the
+        fastest run's ``seconds``, ``epochs_run`` and ``seconds_image`` (of training, for each image and epoch) and of
+        ``seconds_shared`` (a training's share of the features, and scoring); ``hours``: classes * runs * (seconds +
+        seconds_shared) / 3600, with epochs and images as measured; ``hours_limit``: the same if every training ran to
+        ``epochs`` on all ``images``; ``unit``: ``"GPU-hours"``, or ``"core-hours"``, which are hours multiplied by the
+        threads used.
     """
     import pandas as pd
 
@@ -569,10 +571,14 @@ def cost(
     rows = []
     ordered = sorted(groups.items(), key=lambda item: (model_order(*item[0][:2]), item[0][2:]))
     for (detector, variant, backbone, size, device, hardware, threads), group in ordered:
-        seconds = statistics.fmean(record.seconds for record in group)
-        image = statistics.fmean(record.seconds / (record.epochs_run * record.train_images) for record in group)
-        features = statistics.fmean(extracted[source(record)] for record in group) / (len(VARIANTS) * runs)
-        shared = features + statistics.fmean(record.seconds_score or 0.0 for record in group)
+        fastest: dict[tuple[str, str, int], Record] = {}
+        for record in sorted(group, key=lambda record: -record.seconds / record.epochs_run):
+            fastest[record.dataset, record.category, record.epochs] = record
+        best = list(fastest.values())
+        seconds = statistics.fmean(record.seconds for record in best)
+        image = statistics.fmean(record.seconds / (record.epochs_run * record.train_images) for record in best)
+        features = statistics.fmean(extracted[source(record)] for record in best) / (len(VARIANTS) * runs)
+        shared = features + statistics.fmean(record.seconds_score or 0.0 for record in best)
         scale = (1 if device == "cuda" else threads) / 3600
         rows.append(
             {
@@ -583,7 +589,7 @@ def cost(
                 "hardware": hardware,
                 "trainings": len(group),
                 "seconds": seconds,
-                "epochs_run": statistics.fmean(record.epochs_run for record in group),
+                "epochs_run": statistics.fmean(record.epochs_run for record in best),
                 "seconds_image": image,
                 "seconds_shared": shared,
                 "hours": scale * classes * runs * (seconds + shared),
