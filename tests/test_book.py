@@ -1,4 +1,4 @@
-"""The built book in a browser whose network is cut: formulas, figures, search, themes, narrow windows.
+"""The built book in a browser whose network is cut: formulas, figures, search, themes, narrow windows, accessibility.
 
 Needs the built book (`make book`) and Chromium, and is skipped with a reason where one is missing. With the environment
 variable ``USF_REQUIRE_BOOK=1`` (CI, after the build) a missing one is a failure.
@@ -7,6 +7,7 @@ variable ``USF_REQUIRE_BOOK=1`` (CI, after the build) a missing one is a failure
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -14,15 +15,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from axe_playwright_python.sync_playwright import Axe
+from built import HTML, ROOT, documents, lacking, require
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, Route, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[1]
-HTML = ROOT / "_build" / "html"
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -36,30 +35,8 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-
-
-def documents() -> list[str]:
-    """Every document of the table of contents, its root first."""
-    found: list[str] = []
-
-    def walk(entry: Any) -> None:
-        if isinstance(entry, dict):
-            found.extend(str(value) for key, value in entry.items() if key in ("root", "file"))
-            for value in entry.values():
-                walk(value)
-        elif isinstance(entry, list):
-            for value in entry:
-                walk(value)
-
-    walk(yaml.safe_load((ROOT / "_toc.yml").read_text("utf8")))
-    return found
-
-
-def lacking(what: str) -> None:
-    """Skip, or fail where the caller insists on the test."""
-    if os.environ.get("USF_REQUIRE_BOOK") == "1":
-        pytest.fail(f"{what}, and USF_REQUIRE_BOOK=1 demands it", pytrace=False)
-    pytest.skip(what)
+NOTEBOOKS = [name for name in documents() if "{code-cell}" in (ROOT / f"{name}.md").read_text("utf8")]
+THEMES = ("light", "dark")
 
 
 @dataclass
@@ -77,6 +54,13 @@ class Visit:
         self.page.goto(f"{self.address}/{path}", wait_until="load")
         self.page.evaluate("() => window.MathJax?.startup?.promise?.then(() => true)")
 
+    def show(self, theme: str, size: dict[str, int]) -> None:
+        """A reader's system prefers this theme, and has a window of this size."""
+        self.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+        self.page.set_viewport_size(size)  # type: ignore[arg-type]
+        assert self.page.evaluate("() => document.documentElement.dataset.theme") == theme
+        self.page.wait_for_timeout(400)  # the theme fades colours in
+
     def clean(self) -> None:
         """Nothing left the page and nothing went wrong in it."""
         assert not self.left, f"requests that leave the book: {self.left}"
@@ -86,9 +70,7 @@ class Visit:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The book, served on this machine only."""
-    missing = [name for name in documents() if not (HTML / f"{name}.html").exists()]
-    if missing:
-        lacking(f"the book is not built, or older than its table of contents ({', '.join(missing)}): run `make book`")
+    require()
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
@@ -156,9 +138,36 @@ RAW_MATH = r"""() => {
 }"""
 
 SQUEEZED = r"""() => [...document.querySelectorAll("article img")].filter(i => {
-  const shown = i.getBoundingClientRect();
-  return shown.height > 0 && Math.abs(shown.width / shown.height / (i.naturalWidth / i.naturalHeight) - 1) > .03;
+  const style = getComputedStyle(i), side = name => parseFloat(style[`padding${name}`]);
+  const width = i.clientWidth - side("Left") - side("Right"), height = i.clientHeight - side("Top") - side("Bottom");
+  return height > 0 && Math.abs(width / height / (i.naturalWidth / i.naturalHeight) - 1) > .03;
 }).map(i => i.src)"""
+
+UNFOLD = """() => {
+  document.querySelectorAll("details").forEach(e => { e.open = true; });
+  document.querySelectorAll(".toggle-hidden").forEach(e => e.classList.remove("toggle-hidden"));
+}"""
+
+CUT = r"""() => {
+  const cut = [], name = e => `${e.tagName.toLowerCase()} ${(e.id || e.textContent).trim().slice(0, 50)}`;
+  const parts = "mjx-container, table, pre, img, svg, figure, iframe, .admonition, .cell_output, p, li, figcaption";
+  for (const e of document.querySelectorAll(parts.split(", ").map(s => `article ${s}`).join(", "))) {
+    const box = e.getBoundingClientRect();
+    if (!box.width || !box.height || e.closest("mjx-assistive-mml")) continue;
+    let reachable = false;
+    for (let a = e.parentElement; a && a !== document.body && !reachable; a = a.parentElement) {
+      const flow = getComputedStyle(a).overflowX, b = a.getBoundingClientRect();
+      if (box.right <= b.right + 1 && box.left >= b.left - 1) continue;
+      if (flow === "auto" || flow === "scroll") reachable = true;
+      else if (flow !== "visible") { cut.push(name(e)); break; }
+    }
+    if (!reachable && (box.right > innerWidth + 1 || box.left < -1)) cut.push(name(e));
+  }
+  for (const e of document.querySelectorAll("article div.math, article mjx-container[display='true']")) {
+    if (getComputedStyle(e).overflowY === "hidden" && e.scrollHeight > e.clientHeight + 2) cut.push("low: " + name(e));
+  }
+  return [...new Set(cut)];
+}"""
 
 CONTRAST = r"""selector => {
   const rgb = text => { const v = text.match(/[\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
@@ -197,12 +206,13 @@ def test_page(name: str, visit: Visit) -> None:
     page.wait_for_function("() => [...document.images].every(i => i.complete)")
     assert page.evaluate(empty) == [], "images that are not there"
 
-    for size in (WIDE, NARROW):
-        page.set_viewport_size(size)  # type: ignore[arg-type]
-        page.wait_for_timeout(100)
+    page.evaluate(UNFOLD)
+    for theme, size in itertools.product(THEMES, (WIDE, NARROW)):
+        visit.show(theme, size)
         assert page.evaluate(SQUEEZED) == [], "images out of proportion"
         width = page.evaluate("() => document.documentElement.scrollWidth")
         assert width <= size["width"], f"the page is {width} px wide in a window of {size['width']} px"
+        assert page.evaluate(CUT) == [], f"cut off, and not to be reached by scrolling, at {size['width']} px, {theme}"
     visit.clean()
 
 
@@ -249,6 +259,71 @@ def test_search(visit: Visit) -> None:
     page.locator("#search-results li a").first.click()
     page.wait_for_load_state("load")
     assert target.split("?")[0].split("#")[0].split("/")[-1] in page.url
+    visit.clean()
+
+
+@pytest.mark.parametrize("word", ["determinant", "collapse", "hazelnut"])
+def test_search_needs_no_server(word: str, browser: Browser) -> None:
+    """Opened as files, as `make book` says, the pages still find words."""
+    page = browser.new_page()
+    page.goto(f"{(HTML / 'search.html').as_uri()}?q={word}")
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    found = [link.get_attribute("href") or "" for link in page.locator("#search-results li a").all()]
+    page.close()
+    assert found
+    text = (HTML / found[0].split("?")[0].split("#")[0]).read_text("utf8").lower()
+    assert word in text
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_can_be_copied(name: str, visit: Visit) -> None:
+    """Every visible code cell has a button, and a button copies the code beside it."""
+    page = visit.page
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.open(f"{name}.html")
+    page.evaluate(UNFOLD)
+    cells = page.locator("article .cell_input div.highlight")
+    buttons = page.locator("article .cell_input div.highlight button.copybtn")
+    assert cells.count() == buttons.count() > 0
+    buttons.first.focus()  # seen when the pointer or the focus is on it
+    buttons.first.press("Enter")
+    page.wait_for_function("() => navigator.clipboard.readText().then(text => text.length > 0)")
+    copied = page.evaluate("() => navigator.clipboard.readText()")
+    assert copied.strip() == cells.first.locator("pre").inner_text().strip()
+    visit.clean()
+
+
+LOOKS = (("light", WIDE), ("dark", NARROW))
+"""Both themes and both widths; colours do not depend on the width, nor the rest on the theme."""
+
+
+def test_accessibility(visit: Visit) -> None:
+    """axe-core's rules, best practices included, on every page; the counts go into build/accessibility.md."""
+    axe, rows, faults = Axe(), [], []
+    for name in documents():
+        visit.open(f"{name}.html")
+        visit.page.evaluate(UNFOLD)
+        for theme, size in LOOKS:
+            visit.show(theme, size)
+            found = axe.run(visit.page, options={"resultTypes": ["violations", "incomplete"]}).response
+            rules = [f"{rule['id']} ({rule['impact']}, {len(rule['nodes'])})" for rule in found["violations"]]
+            asked = sum(len(rule["nodes"]) for rule in found["incomplete"])
+            row = (name, theme, size["width"], len(found["passes"]), asked, ", ".join(rules) or "none")
+            rows.append("| " + " | ".join(map(str, row)) + " |")
+            for rule in found["violations"]:
+                where = "; ".join(" ".join(map(str, node["target"])) for node in rule["nodes"][:3])
+                faults.append(f"{name}, {theme}, {size['width']} px: {rule['id']}, {rule['help']}: {where}")
+    report = [
+        f"axe-core {found['testEngine']['version']}, {len(documents())} pages in two looks, hidden parts unfolded.",
+        "",
+    ]
+    report += ["| page | theme | px | rules passed | undecided elements | violations (impact, elements) |"]
+    report += ["|---|---|---|---|---|---|", *rows, ""]
+    path = ROOT / "build" / "accessibility.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([*report, *(f"- {fault}" for fault in faults), ""]), "utf8")
+    print(path.read_text("utf8"))
+    assert faults == []
     visit.clean()
 
 
