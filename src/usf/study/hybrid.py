@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.size:
         options = dataclasses.replace(options, model=dataclasses.replace(options.model, size=chosen.size))
     given = {name: getattr(chosen, name) for name in ("steps", "lr", "seeds", "priors")}
-    changes = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
+    changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
     options = dataclasses.replace(options, **changes, choosing=chosen.choose)
     # A ResNet-18 under ../shared may lack the last stage; the stages that are needed decide where weights come from.
     weights = backbones.resolve(chosen.weights, backbone=options.model.backbone, layers=options.model.needs)
