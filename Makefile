@@ -18,13 +18,15 @@ BIN := .venv/bin
 STAMP := .venv/.usf-setup
 WORKFLOW := .venv-workflow/bin
 WORKFLOW_STAMP := .venv-workflow/.usf-setup
-CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md)
+CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md) book/appendix-reproducibility.md
 NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
 RUNS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(wildcard book/runs/*.md))
+# Where `make publish` finds what `make book` left for download.
+PORTABLE := _build/html/_sources/book
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup book times notebooks benchmark workflow lint test lock clean
+.PHONY: help setup book times notebooks executed publish benchmark workflow lint test lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +58,23 @@ notebooks: $(NOTEBOOKS) $(RUNS) ## build/notebooks/*.ipynb from the chapters
 build/notebooks/%.ipynb: book/%.md | $(STAMP)
 	@mkdir -p $(@D)
 	@$(BIN)/jupytext --quiet --to notebook --output $@ $<
+
+executed: $(NOTEBOOKS:build/notebooks/%=build/executed/%) ## build/executed/*.ipynb: the chapters run one by one, in PROFILE
+
+# In an empty folder, as in the book: nothing may depend on where a chapter runs.
+build/executed/%.ipynb: build/notebooks/%.ipynb
+	@mkdir -p $(@D) && folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && echo "executing $*" && \
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TQDM_DISABLE=1 USF_PROFILE=$(PROFILE) \
+	  $(BIN)/papermill --no-progress-bar --cwd "$$folder" $< $@
+
+# Plumbing, so that neither the branch that is checked out nor its index is touched.
+publish: ## push the notebooks of the built book to the branch `notebooks` of origin, where Colab opens them
+	@ls $(PORTABLE)/*.ipynb > /dev/null || { echo "There is no built book: run make book" >&2; exit 1; }
+	@export GIT_DIR="$$(git rev-parse --absolute-git-dir)" GIT_INDEX_FILE="$$(mktemp -d)/index" && \
+	  (cd $(PORTABLE) && git --work-tree=. add --force --all -- '*.ipynb') && \
+	  commit=$$(git -c user.name="The usf developers" -c user.email=usf@localhost commit-tree \
+	    -m "Notebooks of $$(git rev-parse --short HEAD)" "$$(git write-tree)") && \
+	  git push --quiet --force origin "$$commit:refs/heads/notebooks"
 
 workflow: $(WORKFLOW_STAMP) ## create or update .venv-workflow, the engine of the benchmark
 

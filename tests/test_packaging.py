@@ -120,7 +120,11 @@ def test_core_needs_no_extra() -> None:
 def test_table_of_contents_lists_every_chapter() -> None:
     toc = (ROOT / "_toc.yml").read_text()
     listed = re.findall(r"^\s*(?:- )?(?:file|root): (\S+)", toc, re.M)
-    assert listed == ["book/intro", *(f"book/{path.stem}" for path in CHAPTERS), "book/predictions", "book/references"]
+    chapters = [f"book/{path.stem}" for path in CHAPTERS]
+    assert listed[: len(chapters) + 1] == ["book/intro", *chapters]
+    assert listed[-2:] == ["book/predictions", "book/references"]
+    appendices = sorted(f"book/{path.stem}" for path in (ROOT / "book").glob("appendix-*.md"))
+    assert sorted(listed[len(chapters) + 1 : -2]) == appendices
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,7 +1,8 @@
 """Where things are: the one module that knows the paths.
 
-Inside the repository every path follows from its root. Used from elsewhere (an installed wheel), the package still has
-a cache and a build folder; what only the repository holds (``data/``, ``book/``) raises an error that says so.
+Inside the repository every path follows from its root. Used from elsewhere, an installed wheel brings a copy of what
+the chapters read (``data/``, ``examples/``, ``book/``), and has a cache and a build folder. Where there is no such copy
+either, an error says so.
 
 Environment variables
 ---------------------
@@ -34,9 +35,14 @@ def root() -> Path | None:
     return None
 
 
+def _packaged() -> Path:
+    """Where a wheel has its copy of the repository's folders (``pyproject.toml`` says which)."""
+    return Path(__file__).resolve().parent / "_repository"
+
+
 def _in_repository(name: str, parts: tuple[str, ...]) -> Path:
-    folder = root()
-    if folder is None:
+    folder = root() or _packaged()
+    if not folder.is_dir():
         raise FileNotFoundError(
             f"{'/'.join((name, *parts))} is part of the repository, and the package runs outside of it: "
             "change into a clone of the repository, or pass a path of your own."
@@ -45,17 +51,22 @@ def _in_repository(name: str, parts: tuple[str, ...]) -> Path:
 
 
 def book(*parts: str) -> Path:
-    """The chapters' sources, ``book/``. Raises ``FileNotFoundError`` outside the repository."""
+    """The chapters' sources, ``book/``. Raises ``FileNotFoundError`` where neither repository nor wheel has them."""
     return _in_repository("book", parts)
 
 
+def examples(*parts: str) -> Path:
+    """Settings for anomalib's command line, ``examples/``. Raises as :func:`book` does."""
+    return _in_repository("examples", parts)
+
+
 def data(*parts: str) -> Path:
-    """Committed data, ``data/``. Raises ``FileNotFoundError`` outside the repository."""
+    """Committed data, ``data/``. Raises as :func:`book` does."""
     return _in_repository("data", parts)
 
 
 def results(*parts: str) -> Path:
-    """Measured records, ``data/results/``. Raises ``FileNotFoundError`` outside the repository."""
+    """Measured records, ``data/results/``. Raises as :func:`book` does."""
     return data("results", *parts)
 
 

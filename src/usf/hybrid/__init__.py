@@ -1,10 +1,10 @@
 """A variational autoencoder whose prior is a flow (paper, section 4.4).
 
-=====================  ================================================================================================
-`usf.hybrid.vae`       `Settings`, `FlowVAE` (encoder, decoder, prior), `Terms` of the ELBO
-`usf.hybrid.scores`    `Scores` of images, apart and combined; `calibrated` sums them as p-values
-`usf.hybrid.lightning` `HybridDetector`, the same as an anomalib model; imported when first asked for (anomalib is slow)
-=====================  ================================================================================================
+======================  ================================================================================================
+`usf.hybrid.vae`        `Settings`, `FlowVAE` (encoder, decoder, prior), `Terms` of the ELBO
+`usf.hybrid.scores`     `Scores` of images, apart and combined; `calibrated` sums them as p-values
+`usf.hybrid.lightning`  `HybridDetector`, the same as an anomalib model; imported when first asked for (slow)
+======================  ================================================================================================
 """
 
 from __future__ import annotations

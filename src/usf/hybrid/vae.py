@@ -26,6 +26,7 @@ __all__ = ["PRIORS", "Encoder", "FlowVAE", "GaussianPrior", "Settings", "Terms",
 
 Prior = Literal["usf", "non-usf", "gaussian"]
 PRIORS: tuple[Prior, ...] = get_args(Prior)
+"""Laws that a latent can have under the model."""
 
 _FORMAT = "usf-hybrid-1"
 _BACKBONES = tuple(name for name in backbones.BACKBONES if "resnet" in name)

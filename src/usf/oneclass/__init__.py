@@ -1,10 +1,10 @@
 """Deep one-class classification: Deep SVDD, monitors of its collapse, and the map that inverts a density.
 
-====================  =================================================================================================
+========================  ==============================================================================================
 `usf.oneclass.svdd`       `DeepSVDD`, `fit_deep_svdd`, `one_class_loss`, `decreasing_schedule`
 `usf.oneclass.collapse`   `collapse_report`: latent spread, effective rank, distinct scores
 `usf.oneclass.inversion`  Proposition 1 of the paper: `inversion_map`, its exact loss, its Monte-Carlo loss
-====================  =================================================================================================
+========================  ==============================================================================================
 """
 
 from usf.oneclass.collapse import CollapseReport, collapse_report, distinct, effective_rank

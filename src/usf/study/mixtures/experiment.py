@@ -16,6 +16,7 @@ from usf.study.profile import select
 from usf.study.targets import DiagonalMixture, paper_mixture
 
 MODELS = ("deep-svdd", "non-usf", "usf")
+"""What is trained on the mixtures, by name in the records."""
 FLOWS: dict[str, type[Flow]] = {"non-usf": NonUSFlow, "usf": USFlow}
 TAIL = 0.05
 """Share of the least dense test points that the restricted measures look at."""
