@@ -383,7 +383,7 @@ def test_a_calibration_comes_back_as_it_was(kept: Calibration, tmp_path: Path) -
     scores = [2.0, 3.0, 9.0]
     assert np.array_equal(again.p(scores), cal.conformal_p(kept.normals, scores))
     assert again.alarms(scores).tolist() == [False, False, True]
-    assert "with confidence 0.95, at most 0.05" in again.promise()
+    assert "with confidence 95 %, at most 5 %" in again.promise()
     assert "on average" in dataclasses.replace(kept, confidence=None).promise()
     with pytest.raises(dataclasses.FrozenInstanceError):
         again.alpha = 0.5  # type: ignore[misc]

@@ -16,6 +16,7 @@ import tomllib
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_report_names_what_was_found_and_stands_alone(inspected: Path) -> None:
     page = (inspected / "report.html").read_text("utf8")
     for said in ("notes.png", "half.png", "list.txt", "copy &lt;b&gt;.png", "64 x 64", "120 x 90", "grey, 16 bit",
                  "random weights", "19 normal images", "false-alarm rate promised", "usf score", "80 x 64",
-                 "1, as their EXIF says", "false-discovery rate", "Do not trust such p-values here"):  # fmt: skip
+                 "1, as their EXIF says", "false-discovery rate", "The law is not refuted"):  # fmt: skip
         assert said in page, said
     assert "copy <b>.png" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing from elsewhere"
@@ -529,6 +530,12 @@ def test_the_law_of_the_norm_is_judged_on_images_that_were_not_trained_on() -> N
     assert calibration.agreement(fails.pit()).refuted
     assert fails.effective < 50
     assert len(fails.pit()) == len(fails.pit_fitted()) == folds * 30
+    # What the page says follows from it.
+    from usf import report
+
+    said = [report._law(SimpleNamespace(norms=norms)) for norms in (holds, fails)]  # type: ignore[arg-type]
+    assert ["Do not trust such p-values here" in text for text in said] == [False, True]
+    assert ["The law is not refuted" in text for text in said] == [True, False]
     with pytest.raises(CalibrationError, match="fewer than two different norms"):
         inspection.Norms(2, [np.ones(3)], [np.ones(2)]).pit_fitted()
 

@@ -599,13 +599,15 @@ class Calibration:
         law = realised_rate(len(self.normals), self.alpha, confidence=self.confidence)
         low, high = law.interval(0.95)
         sure = (
-            f"at most {self.alpha:.3g} of new normal parts raise an alarm, on average over calibrations"
+            f"at most {100 * self.alpha:.3g} % of new normal parts raise an alarm, on average over calibrations"
             if self.confidence is None
-            else f"with confidence {self.confidence:g}, at most {self.alpha:.3g} of new normal parts raise an alarm"
+            else f"with confidence {100 * self.confidence:g} %, at most {100 * self.alpha:.3g} % of new normal parts "
+            "raise an alarm"
         )
         return (
             f"Threshold {self.threshold:.6g} from {len(self.normals)} normal parts: {sure}. The rate of this threshold "
-            f"lies between {low:.2g} and {high:.2g} in 95 % of calibrations (mean {law.mean():.2g}), as long as new "
+            f"lies between {100 * low:.2g} and {100 * high:.2g} % in 95 % of calibrations (mean "
+            f"{100 * law.mean():.2g} %), as long as new "
             "normal parts come from where these came from and the detector was not trained on these."
         )
 

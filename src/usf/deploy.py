@@ -227,9 +227,9 @@ class Deployed:
         bound = cross_conformal_bound(n, len(self.folds), alpha)
         return (
             f"Threshold {self.threshold:.6g} from {n} normal parts, each compared by one of {len(self.folds)} flows "
-            f"that was trained without it (cross-conformal): about {alpha:.3g} of new normal parts raise an alarm, as "
-            f"experience has it; guaranteed is a rate of at most {bound:.2g} on average. Both hold as long as new "
-            "normal parts come from where these came from."
+            f"that was trained without it (cross-conformal): about {100 * alpha:.3g} % of new normal parts raise an "
+            f"alarm, as experience has it; guaranteed is a rate of at most {100 * bound:.2g} % on average. Both hold "
+            "as long as new normal parts come from where these came from."
         )
 
     def flagged(self, p: Sequence[float] | NDArray[np.float64], rate: float) -> NDArray[np.bool_]:
@@ -254,7 +254,7 @@ class Deployed:
         )
         fewest = math.ceil(count / (rate * (n + 1)) - 1e-9)
         text = (
-            f"Of the parts that a batch flags, at most {rate:.3g} are good ones, in the long run (Benjamini and "
+            f"Of the parts that are flagged at most {100 * rate:.3g} % are good ones, in the long run (Benjamini and "
             f"Hochberg's false-discovery rate). {sure}, for good parts that come from where the normal ones came from."
         )
         if fewest > count:

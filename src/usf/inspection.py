@@ -173,7 +173,7 @@ class Survey:
             bad = sum(part.label != "good" for part in self.test)
             kind = f"{len(self.test) - bad} normal, {bad} anomalous" if self.labelled else "not labelled"
             text += f", {len(self.test)} to test ({kind})"
-        for count, what in ((len(self.unreadable), "unreadable"), (len(self.duplicates), "contents more than once")):
+        for count, what in ((len(self.unreadable), "unreadable"), (len(self.duplicates), "there more than once")):
             text += f", {count} {what}" if count else ""
         return f"{text}; {self.layout}"
 

@@ -37,15 +37,15 @@ NARROW = 3.6
 
 STYLE = """
 .usf{--ink:#1d2733;--soft:#53606e;--head:#3c4855;--page:#fff;--card:#f2f5f8;--line:#dde3ea;--note:#eef5fb;
- --warn:#fdf1e7;--alarm:#b0568a;
+ --warn:#fdf1e7;--alarm:#b0568a;--lit:1;
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:var(--ink);
  background:var(--page);max-width:1080px;margin:0 auto;padding:1rem 1.5rem 4rem;box-sizing:border-box}
 @media(prefers-color-scheme:dark){.usf{--ink:#e3e8ee;--soft:#a6b1bd;--head:#c3ccd6;--page:#121212;--card:#1f252c;
- --line:#333c46;--note:#13283a;--warn:#38230f;--alarm:#CC79A7}}
+ --line:#333c46;--note:#13283a;--warn:#38230f;--alarm:#CC79A7;--lit:1.25}}
 .usf h1{font-size:1.9rem;line-height:1.2;margin:.6rem 0 .2rem;overflow-wrap:anywhere}
 .usf h2{font-size:1.25rem;margin:2.4rem 0 .6rem;padding-top:.8rem;border-top:1px solid var(--line)}
 .usf h3{font-size:1rem;margin:1.4rem 0 .4rem}
-.usf p,.usf li{overflow-wrap:anywhere}.usf .text{max-width:46rem}
+.usf p,.usf li{overflow-wrap:anywhere}.usf .text,.usf .note,.usf .warn{max-width:46rem}
 .usf .sub{color:var(--soft);margin:0 0 1.2rem}.usf .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
 .usf .tile{flex:1 1 6.5rem;background:var(--card);border-radius:8px;padding:.7rem .9rem}
 .usf .tile b{display:block;font-size:1.45rem;line-height:1.2}.usf .tile span{color:var(--soft);font-size:.86rem}
@@ -63,7 +63,7 @@ STYLE = """
 .usf .gallery figure.alarm{border-color:#CC79A7}.usf .pair{display:flex;gap:3px}.usf .pair img{width:calc(50% - 1.5px);
  border-radius:4px;display:block}
 .usf figcaption{font-size:.8rem;color:var(--head);overflow-wrap:anywhere;margin-top:.35rem;line-height:1.35}
-.usf .chart{max-width:100%;height:auto;display:block;margin:.6rem 0}
+.usf .chart{filter:brightness(var(--lit));max-width:100%;height:auto;display:block;margin:.6rem 0}
 .usf pre{background:var(--card);border-radius:8px;padding:.8rem 1rem;overflow:auto;font-size:.87rem;line-height:1.45}
 .usf code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
 .usf details{margin:.6rem 0}.usf summary{cursor:pointer;color:var(--head)}
@@ -77,7 +77,7 @@ PAGE = "body{margin:0;background:#fff}@media(prefers-color-scheme:dark){body{bac
 
 def _text(value: object) -> str:
     # File names may hold what is no text; a page must.
-    return escape(str(value).encode("utf8", "backslashreplace").decode("utf8"))
+    return escape(str(value).encode("utf8", "backslashreplace").decode("utf8")).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _data(image: Image.Image, side: int = PICTURE) -> str:
@@ -228,7 +228,7 @@ def _gallery(result: Result) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _tiles(result: Result) -> str:
@@ -316,15 +316,15 @@ def _law(result: Result) -> str:
             "Probability integral transform of norms: histogram, and distribution function with the diagonal.",
         )  # fmt: skip
     return (
-        f'<h2>May p-values be had without counting?</h2><p class="text">{verdict} If the flow maps normal parts to the '
+        f'<h2>Is the law of the norm to be trusted?</h2><p class="text">{verdict} If the flow maps normal parts to the '
         f"Gaussian that it was trained for, the norm of an image's {norms.dimension:,} latents has a chi law with as "
         "many degrees of freedom, and p-values as small as one likes follow without a part to compare with. The "
         f'threshold above does not use this law.</p>{chart}<p class="text">The plot has the law\'s probability of a '
         f"smaller norm (PIT), for the {_count(found.count, 'normal image')} that a flow was not trained on. If the law "
         "holds, the bars are level and the distribution function lies on the diagonal, within its band: the "
-        f"Kolmogorov-Smirnov distance is below {found.margin:.2f} in 95 % of cases. Here it is {found.distance:.2f}. "
-        f"{effective}The mean squared latent is {norms.square:.2f}, and 1 under the Gaussian: the law is scaled to the "
-        "images trained on.</p>"
+        f"Kolmogorov-Smirnov distance is below {found.margin:.2f} in 95&nbsp;% of cases. Here it is "
+        f"{found.distance:.2f}. {effective}The mean squared latent is {norms.square:.2f}, and 1 under the Gaussian: "
+        "the law is scaled to the images trained on.</p>"
     )
 
 

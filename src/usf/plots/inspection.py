@@ -50,11 +50,7 @@ def score_histogram(groups: Mapping[str, tuple[ArrayLike, str]], threshold: floa
         above = int(np.count_nonzero(values > threshold))
         axis.set_title(f"{label}: {above} of {values.size} above the threshold", fontsize=9, loc="left")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
-    axes[0, 0].annotate(
-        "threshold", (threshold, 1), xycoords=("data", "axes fraction"), xytext=(4, -9), textcoords="offset points",
-        fontsize=8, color=INK,
-    )  # fmt: skip
-    axes[-1, 0].set(xscale="log", xlabel="score", xlim=(low, high))
+    axes[-1, 0].set(xscale="log", xlabel="score (dashed: the threshold)", xlim=(low, high))
     axes[-1, 0].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[-1, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[-1, 0].xaxis.set_minor_formatter(NullFormatter())
