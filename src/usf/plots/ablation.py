@@ -166,8 +166,8 @@ def layer_combinations(table: pd.DataFrame, detector: str = "uflow", condition: 
     for axis, level in zip(axes, ("image", "pixel"), strict=True):
         for flow, variant in flows.items():
             values = printed.loc[(printed["flow"] == flow) & (printed["level"] == level), "mean"]
-            y = VARIANTS.index(variant) - 0.24 + rng.uniform(-0.1, 0.1, len(values))
-            axis.plot(values, y, "o", color=INK, ms=2.5, alpha=0.6, lw=0)
+            places = VARIANTS.index(variant) - 0.24 + rng.uniform(-0.1, 0.1, len(values))
+            axis.plot(values, places, "o", color=INK, ms=2.5, alpha=0.6, lw=0)
         for number, key in enumerate(classes):
             for y, variant in enumerate(VARIANTS):
                 part = own[(own["variant"] == variant) & (own["dataset"] == key[0]) & (own["category"] == key[1])]

@@ -198,10 +198,11 @@ def comparable(records: Iterable[Record]) -> list[Record]:
     for record in records:
         own = groups.setdefault((record.dataset, record.category, record.detector), {})
         own.setdefault(_setting(record), []).append(record)
-    chosen: list[Record] = []
-    for settings in groups.values():
-        chosen += max(settings.values(), key=lambda own: (len({r.training for r in own}), own[0].epochs, str(own[0])))
-    return chosen
+
+    def size(group: list[Record]) -> tuple[int, int, str]:
+        return len({record.training for record in group}), group[0].epochs, str(group[0])
+
+    return [record for settings in groups.values() for record in max(settings.values(), key=size)]
 
 
 FRAME = (*CLASS, "variant", "matched", "condition", "seed", "failed", "error", "image", "pixel", "parameters")
