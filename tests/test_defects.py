@@ -114,6 +114,26 @@ def test_goals_that_were_not_measured_are_said_not_to_be(tmp_path: Path) -> None
     assert "for FastFlow it is not measured" in text
 
 
+def test_the_bound_of_the_networks_is_named(tmp_path: Path) -> None:
+    rows = speed.detectors(records(tmp_path))
+    assert rows is not None
+    assert "for nothing" not in speed.detector_goals_in_words(rows)
+    networks = rows.iloc[:1].assign(side="networks", epoch_seconds=0.25)
+    assert "the factor would be 4.0" in speed.detector_goals_in_words(pd.concat([rows, networks]))
+
+
+def test_a_longer_run_is_extrapolated(tmp_path: Path) -> None:
+    rows = speed.detectors(records(tmp_path, epochs=2))
+    assert rows is not None
+    rows.loc[rows["side"] == "engine", "epoch_seconds"] = 5.0
+    assert speed.detector_run_ratio(rows, "CFlow", 2) == 1.0
+    assert speed.detector_run_ratio(rows, "CFlow", 12) == (10 + 10 * 5) / (10 + 10 * 1)
+    with pytest.raises(ValueError, match="2 were measured"):
+        speed.detector_run_ratio(rows, "CFlow", 1)
+    with pytest.raises(ValueError, match="not measured on the side fast"):
+        speed.detector_run_ratio(rows[rows["side"] == "engine"], "CFlow", 5)
+
+
 def test_records_without_a_column_are_refused(tmp_path: Path) -> None:
     path = records(tmp_path)
     pd.read_csv(path).drop(columns="epoch_ratio").to_csv(path, index=False)
@@ -137,3 +157,31 @@ def test_figures_show_every_image_and_case() -> None:
     figure = reported(cases)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["x: constructed", "y: real"]
     matplotlib.pyplot.close("all")
+
+
+def test_inference_records_as_a_table_and_in_words(tmp_path: Path) -> None:
+    rows = []
+    for part, runtime, side in itertools.product(("whole", "flow"), ("torch", "openvino"), ("stock", "usf fused")):
+        ratio = {"stock": 1.0, "usf fused": 3.0 if runtime == "torch" else 1.5}[side]
+        row = {"detector": "FastFlow", "batch": 1, "part": part, "runtime": runtime, "side": side, "status": "ok"}
+        row |= {"images_per_second": 10 * ratio, "ms_p50": 100 / ratio, "ms_p90": 110 / ratio, "megabytes": 20.0}
+        rows.append(row | {"ratio": ratio, "ratio_torch": ratio})
+    path = tmp_path / "inference.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    table = speed.inference_table(speed.inference(path)).reset_index().set_index("runtime")
+    assert table.loc["PyTorch", "stock images/s"] == 10
+    assert table.loc["OpenVINO", "USF images/s"] == 15
+    assert table["flow ratio"].tolist() == [3.0, 1.5]
+    text = speed.inference_in_words(speed.inference(path))
+    assert "faster than the stock one in 2 of 2 cells, by factors of 1.5 to 3.0" in text
+    assert "1 of 2 cells (1 of 1 in PyTorch, 0 of 1 in OpenVINO; least 1.5)" in text
+    assert "cannot be exported" not in text
+    rows[-1]["ratio"] = rows[3]["ratio"] = float("nan")
+    pd.DataFrame([row for row in rows if (row["side"], row["runtime"]) != ("stock", "openvino")]).to_csv(
+        path, index=False
+    )
+    text = speed.inference_in_words(speed.inference(path))
+    assert "in 1 of 1 cells" in text
+    assert "The stock FastFlow cannot be exported" in text
+    with pytest.raises(FileNotFoundError, match=r"run benchmarks/inference\.py"):
+        speed.inference(tmp_path / "none.csv")

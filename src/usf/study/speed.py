@@ -132,6 +132,28 @@ def detector_goals(rows: pd.DataFrame | None) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def detector_run_ratio(rows: pd.DataFrame, cell: str, epochs: int) -> float:
+    """A whole run's time in the ``Engine`` over one on the fast path, extrapolated to more epochs than were measured.
+
+    Every further epoch is taken to cost what the measured ones do.
+
+    Args:
+        rows: see :func:`detectors`.
+        cell: of :data:`EPOCH_GOALS`.
+        epochs: of the run, at least as many as were measured.
+
+    Raises:
+        ValueError: a cell that was not measured on both sides, or fewer epochs.
+    """
+    own = rows[rows["cell"] == cell].set_index("side")
+    if missing := {"engine", "fast"} - set(own.index):
+        raise ValueError(f"{cell} was not measured on the side {', '.join(sorted(missing))}")
+    if epochs < (measured := int(own["epochs"].max())):
+        raise ValueError(f"epochs={epochs}: {measured} were measured, fewer cannot be extrapolated")
+    whole = own["seconds"] + (epochs - measured) * own["epoch_seconds"]
+    return float(whole.to_dict()["engine"] / whole.to_dict()["fast"])
+
+
 def detector_goals_in_words(rows: pd.DataFrame | None) -> str:
     """Sentences that say which goals were met, for the prose.
 
@@ -150,7 +172,98 @@ def detector_goals_in_words(rows: pd.DataFrame | None) -> str:
         met = verdict(ratio, ratio >= row["epoch_goal"], f"{ratio:.1f}")
         epochs.append(f"{cell}'s {row['epoch_goal']:g} is {met}")
         grids.append(f"for {cell} it is {verdict(cost, cost < row['grid_goal'], f'{cost:.1f}')}")
+    seconds = rows.set_index(["cell", "side"])["epoch_seconds"].to_dict()
+    bound = ""
+    if ("FastFlow", "networks") in seconds and ("FastFlow", "engine") in seconds:
+        networks, engine = float(seconds["FastFlow", "networks"]), float(seconds["FastFlow", "engine"])
+        bound = (
+            f"FastFlow's coupling networks alone, which every implementation has to run, take {networks:.1f} s of an "
+            f"epoch: with everything else for nothing the factor would be {engine / networks:.1f}. "
+        )
     return (
-        f"Of the factors wanted for an epoch, {', '.join(epochs)}. "
+        f"Of the factors wanted for an epoch, {', '.join(epochs)}. {bound}"
         f"Nine runs were to cost less than {GRID_GOAL:g} stock runs: {', '.join(grids)}."
     )
+
+
+# --- benchmarks/inference.py ------------------------------------------------------------------------------------------
+
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""Runtime in the records -> its name."""
+
+FLOW_GOAL = 2.0
+"""The part behind the backbone shall be this many times faster than in the stock detector."""
+
+
+def inference(path: str | Path | None = None) -> pd.DataFrame:
+    """The records of ``benchmarks/inference.py``: one row a detector, batch, part, runtime and side.
+
+    Args:
+        path: CSV file; the committed one by default.
+
+    Raises:
+        FileNotFoundError: when it is not there, with the command that makes it.
+    """
+    path = paths.results("benchmarks", "inference.csv") if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no records in {path.name}: run benchmarks/inference.py --out {path.name}")
+    return pd.read_csv(path)
+
+
+def inference_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Whole detectors, fused and stock, side by side.
+
+    Args:
+        rows: see :func:`inference`.
+
+    Returns:
+        One row a detector, batch size and runtime. Columns: images per second of the stock detector and the fused USF;
+        milliseconds a batch at the median and at the 90th percentile of the latter; ``ratio``, how many times faster
+        the whole is than stock in the same runtime, ``flow ratio`` the part behind the backbone, and ``stock PyTorch
+        ratio`` the whole against stock in PyTorch; size in megabytes. NaN where a side could not be exported.
+    """
+    keys = ["detector", "batch", "runtime"]
+    whole, flow = (rows[rows["part"] == part] for part in ("whole", "flow"))
+    stock = whole[(whole["side"] == "stock") & (whole["status"] == "ok")].set_index(keys)["images_per_second"]
+    fused = whole[(whole["side"] == "usf fused") & (whole["status"] == "ok")].set_index(keys)
+    flow_ratio = flow[flow["side"] == "usf fused"].set_index(keys)["ratio"]
+    table = pd.DataFrame(
+        {
+            "stock images/s": stock.reindex(fused.index),
+            "USF images/s": fused["images_per_second"],
+            "USF ms p50": fused["ms_p50"],
+            "USF ms p90": fused["ms_p90"],
+            "ratio": fused["ratio"],
+            "flow ratio": flow_ratio.reindex(fused.index),
+            "stock PyTorch ratio": fused["ratio_torch"],
+            "MB": fused["megabytes"],
+        }
+    )
+    return table.rename(index=RUNTIMES, level="runtime")
+
+
+def inference_in_words(rows: pd.DataFrame) -> str:
+    """Sentences that say where the fused detectors are faster than stock ones, and whether their flows are by enough.
+
+    Args:
+        rows: see :func:`inference`.
+    """
+    fused = rows[(rows["side"] == "usf fused") & (rows["status"] == "ok")]
+    paired = fused.dropna(subset="ratio")
+    whole, flow = (paired[paired["part"] == part] for part in ("whole", "flow"))
+    alone = fused[fused["ratio"].isna() & (fused["part"] == "whole")]
+    parts = []
+    for runtime, name in RUNTIMES.items():
+        ratios = flow[flow["runtime"] == runtime]["ratio"]
+        if len(ratios):
+            parts.append(f"{(ratios >= FLOW_GOAL).sum()} of {len(ratios)} in {name}")
+    text = (
+        f"The fused detector is faster than the stock one in {(whole['ratio'] > 1).sum()} of {len(whole)} cells, "
+        f"by factors of {whole['ratio'].min():.1f} to {whole['ratio'].max():.1f}. What is behind the backbone was to "
+        f"be {FLOW_GOAL:g} times as fast: that is so in {(flow['ratio'] >= FLOW_GOAL).sum()} of {len(flow)} cells "
+        f"({', '.join(parts)}; least {flow['ratio'].min():.1f})."
+    )
+    if len(alone):
+        names = ", ".join(sorted(set(alone["detector"])))
+        text += f" The stock {names} cannot be exported, so that in the runtimes there is nothing to compare with."
+    return text
