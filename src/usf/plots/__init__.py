@@ -3,6 +3,6 @@
 Needs the ``book`` extra (matplotlib, seaborn).
 """
 
-from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, theme, use
+from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, shades, theme, use
 
-__all__ = ["COLORS", "DENSITY_CMAP", "DIVERGING_CMAP", "theme", "use"]
+__all__ = ["COLORS", "DENSITY_CMAP", "DIVERGING_CMAP", "shades", "theme", "use"]

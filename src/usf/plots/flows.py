@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from usf.flows import Bijection, Flow, GaussianBase
-from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, INK
+from usf.plots.theme import COLORS, DIVERGING_CMAP, INK, INNER_CMAP
 from usf.study.targets import Target
 
 Array = npt.NDArray[np.float64]
@@ -218,7 +218,7 @@ def latents_along_path(latents: Mapping[float, Tensor], log_density: Tensor, cen
     figure, axes = plt.subplots(1, len(latents), figsize=(1.9 * len(latents), 2.2), sharex=True, sharey=True)
     shown = log_density.clamp_min(log_density.quantile(0.02))
     for axis, (weight, z) in zip(axes, latents.items(), strict=True):
-        axis.scatter(*(z - center).T, c=shown, cmap=DENSITY_CMAP, s=4, linewidth=0, rasterized=True)
+        axis.scatter(*(z - center).T, c=shown, cmap=INNER_CMAP, s=4, linewidth=0, rasterized=True)
         if weight > 0:
             # Two standard deviations of the base that this weight stands for.
             axis.add_patch(

@@ -9,10 +9,9 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-__all__ = ["overlay", "side_by_side", "to_image"]
+from usf.plots.theme import OUTLINE, OVERLAY_CMAP, PAPER
 
-CMAP = "inferno"
-OUTLINE = (0, 229, 255)
+__all__ = ["overlay", "side_by_side", "to_image"]
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -34,7 +33,7 @@ def overlay(picture: Tensor, values: NDArray[np.float32], threshold: float) -> I
     """
     base = picture.clamp(0, 1).permute(1, 2, 0).numpy()
     level = np.clip(0.5 + 0.5 * np.log2(np.maximum(values, 1e-12) / max(threshold, 1e-12)), 0.0, 1.0)
-    colors = np.asarray(mpl.colormaps[CMAP](0.25 + 0.75 * level))[..., :3]
+    colors = np.asarray(mpl.colormaps[OVERLAY_CMAP](0.25 + 0.75 * level))[..., :3]
     grey = base.mean(axis=2, keepdims=True) * 0.8
     alpha = 0.85 * level[..., None]
     mixed = (1 - alpha) * grey + alpha * colors
@@ -48,7 +47,7 @@ def overlay(picture: Tensor, values: NDArray[np.float32], threshold: float) -> I
 def side_by_side(picture: Tensor, heatmap: Image.Image) -> Image.Image:
     """An image and its heatmap in one picture."""
     left = to_image(picture)
-    both = Image.new("RGB", (left.width + heatmap.width + 2, left.height), (255, 255, 255))
+    both = Image.new("RGB", (left.width + heatmap.width + 2, left.height), PAPER)
     both.paste(left, (0, 0))
     both.paste(heatmap, (left.width + 2, 0))
     return both

@@ -12,12 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from usf.plots.theme import COLORS, INK
+from usf.plots.theme import COLORS, INK, MAP_CMAP, MASK_CMAP, PAPER
 from usf.study.detection import FitHistory
 
 __all__ = ["anomaly_maps", "scores_by_kind", "training_curves"]
-
-MAP_CMAP = "magma"
 
 
 def anomaly_maps(
@@ -55,7 +53,7 @@ def anomaly_maps(
     for column, title in enumerate(titles):
         axes[0, column].imshow(images[column].permute(1, 2, 0).clamp(0, 1).numpy())
         axes[0, column].set_title(title.replace("_", " "), fontsize=9)
-        axes[1, column].imshow(masks[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes[1, column].imshow(masks[column], cmap=MASK_CMAP, vmin=0, vmax=1, interpolation="nearest")
     for row, values in enumerate(maps.values(), start=2):
         low = float(np.median(values[~masks]))
         high = max(float(np.quantile(values, 0.995)), 1.01 * low)
@@ -63,7 +61,7 @@ def anomaly_maps(
         for column in range(count):
             shown = axes[row, column].imshow(values[column], cmap=MAP_CMAP, norm=scale)
             if masks[column].any():
-                axes[row, column].contour(masks[column], levels=[0.5], colors="white", linewidths=0.7)
+                axes[row, column].contour(masks[column], levels=[0.5], colors=PAPER, linewidths=0.7)
         ticks = [low, (low * high) ** 0.5, high]
         bar = figure.colorbar(shown, cax=axes[row, count], ticks=ticks, format="%.3g")
         bar.ax.minorticks_off()

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from usf import alignment
-from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, INK
+from usf.plots.theme import COLORS, DENSITY_CMAP, DIVERGING_CMAP, INK, INNER_CMAP, PAPER, shades
 from usf.study.targets import Target, paper_mixture
 
 Rows = Sequence[Mapping[str, Any]]
@@ -77,7 +77,7 @@ def _plane(axis: Axes, title: str, *coordinates: Array) -> None:
     axis.tick_params(length=2.5, labelsize=8)
 
 
-def _latent_panel(axis: Axes, z: Array, color: Array, norm: Normalize, cmap: str, size: float = 7.0) -> Any:
+def _latent_panel(axis: Axes, z: Array, color: Array, norm: Normalize, cmap: Colormap, size: float = 7.0) -> Any:
     order = np.argsort(color)[::-1]  # the rarest points on top
     return axis.scatter(z[0][order], z[1][order], c=color[order], s=size, cmap=cmap, norm=norm, lw=0, rasterized=True)
 
@@ -88,13 +88,14 @@ def latent_spaces(points: Rows) -> Figure:
     Dashed: one, two and three standard deviations of the flows' base; for Deep SVDD the 99th percentile of its
     distance.
     """
-    figure, axes = plt.subplots(1, 4, figsize=(11.0, 3.0))
+    figure, grid = plt.subplots(2, 2, figsize=(7.2, 6.2))
+    axes = grid.ravel()
     x0, x1, true = _columns(points, "usf", 2, "x0", "x1", "true")
     norm = Normalize(float(np.quantile(true, 0.01)), float(true.max()))
     axis = axes[0]
     _plane(axis, "(a) data", x0, x1)
     density_contours(axis, paper_mixture(2), list(np.quantile(true, [0.02, 0.1, 0.3, 0.6, 0.9])))
-    shown = _latent_panel(axis, np.stack([x0, x1]), true, norm, DENSITY_CMAP)
+    shown = _latent_panel(axis, np.stack([x0, x1]), true, norm, INNER_CMAP)
     for i, model in enumerate(NAMES, start=1):
         axis = axes[i]
         z0, z1, true, distance = _columns(points, model, 2, "z0", "z1", "true", "norm")
@@ -102,15 +103,16 @@ def latent_spaces(points: Rows) -> Figure:
         # A collapsed Deep SVDD is a dot at the scale of its distances: there the points set the window, not the circle.
         reach = np.array([] if model == "deep-svdd" else [-radii[-1], radii[-1]])
         _plane(axis, f"{_letter(i)} {NAMES[model]}", np.append(z0, reach), np.append(z1, reach))
-        _latent_panel(axis, np.stack([z0, z1]), true, norm, DENSITY_CMAP)
+        _latent_panel(axis, np.stack([z0, z1]), true, norm, INNER_CMAP)
         _circles(axis, radii)
-    figure.colorbar(shown, ax=axes, label="true log-density (nats)", pad=0.01, aspect=30)
+    figure.colorbar(shown, ax=grid, label="true log-density (nats)", pad=0.01, aspect=30)
     return figure
 
 
 def volume_change(points: Rows) -> Figure:
     """Figure 3: ln|det J| at each point, in data space and in latent space, for the USFlow and the NonUSFlow."""
-    figure, axes = plt.subplots(1, 4, figsize=(11.0, 3.0))
+    figure, grid = plt.subplots(2, 2, figsize=(7.2, 6.2))
+    axes = grid.ravel()
     both = np.concatenate([_columns(points, model, 2, "log_det")[0] for model in ("usf", "non-usf")])
     middle = float(np.median(_columns(points, "usf", 2, "log_det")[0]))
     reach = max(float(np.quantile(np.abs(both - middle), 0.99)), 1e-3)
@@ -127,7 +129,7 @@ def volume_change(points: Rows) -> Figure:
         _plane(axis, f"{_letter(2 * i + 1)} {NAMES[model]}: latent", np.append(z0, [-3, 3]), np.append(z1, [-3, 3]))
         axis.scatter(z0, z1, c=log_det, s=9, cmap=DIVERGING_CMAP, norm=norm, lw=0.25, edgecolor=INK, rasterized=True)
         _circles(axis, [1, 2, 3])
-    figure.colorbar(shown, ax=axes, label="ln|det J| (nats)", pad=0.01, aspect=30)
+    figure.colorbar(shown, ax=grid, label="ln|det J| (nats)", pad=0.01, aspect=30)
     return figure
 
 
@@ -259,13 +261,13 @@ def collapse(trials: Rows) -> Figure:
 
 
 BASES = {
-    "gaussian": ("normal", COLORS["usf"]),
-    "gaussian shaken": ("normal, shaken start", COLORS["normal"]),
-    "laplace": ("Laplace", COLORS["gin"]),
-    "gamma mixture": ("radial, gamma mixture", COLORS["deep-svdd"]),
-    "spline": ("radial, spline", COLORS["anomaly"]),
+    "gaussian": "normal",
+    "gaussian shaken": "normal, shaken start",
+    "laplace": "Laplace",
+    "gamma mixture": "radial, gamma mixture",
+    "spline": "radial, spline",
 }
-"""Base -> its name and colour in the figures of the chapter on limits."""
+"""Base -> its name in the figures of the chapter on limits, all of them bases of USFs."""
 
 
 def gaps(rows: Rows) -> Figure:
@@ -278,16 +280,15 @@ def gaps(rows: Rows) -> Figure:
             for row in rows:
                 if row["target"] != target or row["base"] != base:
                     continue
-                _, color = BASES[base]
                 if row["status"] == "ok":
-                    axis.barh(place, row["excess_nll"], height=0.62, color=color, alpha=0.85, lw=0)
+                    axis.barh(place, row["excess_nll"], height=0.62, color=COLORS["usf"], alpha=0.85, lw=0)
                 else:
                     axis.text(0.02, place, "failed", va="center", transform=axis.get_yaxis_transform())
                 if row.get("test_gap"):
                     axis.plot([row["test_gap"]] * 2, [place - 0.42, place + 0.42], color=INK, lw=1.6)
         axis.set_title(target)
         axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_yticks(range(len(names)), [BASES[name][0] for name in names])
+        axis.set_yticks(range(len(names)), [BASES[name] for name in names])
         axis.set_xlabel("NLL - entropy (nats)")
     return figure
 
@@ -312,7 +313,7 @@ def plane_scores(
         ranks = values.argsort().argsort().reshape(cells, cells).T.numpy() / (cells**2 - 1)
         box = (-extent, extent, -extent, extent)
         shown = axis.imshow(ranks, origin="lower", extent=box, cmap=DENSITY_CMAP + "_r", interpolation="bilinear")
-        axis.scatter(points[:, 0], points[:, 1], s=1.2, color="white", alpha=0.5, lw=0, rasterized=True)
+        axis.scatter(points[:, 0], points[:, 1], s=1.2, color=PAPER, alpha=0.5, lw=0, rasterized=True)
         axis.set_title(title)
         axis.set_xlim(-extent, extent)
         axis.set_ylim(-extent, extent)
@@ -329,9 +330,10 @@ def radial_profiles(profiles: Mapping[str, tuple[Array, Array]], ideal: tuple[Ar
         ideal: the target's own rearrangement, where it is known.
     """
     figure, axis = plt.subplots(figsize=(5.2, 3.2))
-    for base, (r, values) in profiles.items():
-        name, color = BASES[base]
-        axis.plot(r, values - values.max(), color=color, label=name)
+    tones = shades("usf", len(profiles))
+    for place, (base, (r, values)) in enumerate(profiles.items()):
+        style = ("-", "--", "-.", ":")[place % 4]
+        axis.plot(r, values - values.max(), style, color=tones[place], label=BASES[base])
     if ideal is not None:
         axis.plot(ideal[0], ideal[1] - ideal[1].max(), color=COLORS["oracle"], ls="--", label="rearranged target")
     axis.set(xlabel="distance to the centre", ylabel="ln p - max (nats)", ylim=(-12, 0.8))

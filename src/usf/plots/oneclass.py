@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
 from usf.flows import Flow
 from usf.oneclass import DeepSVDD, HomogeneousLimit, MonteCarlo, inversion_loss, inversion_map, standard_normal_log_prob
-from usf.plots.theme import COLORS, DENSITY_CMAP, INK
+from usf.plots.theme import COLORS, INK, INNER_CMAP
 from usf.study.inversion import Trajectory
 from usf.study.moons import Moons
 
 QUANTILES = (0.5, 0.9, 0.99)
 _STYLES = ("-", "--", ":")
-# The ends of the map are left out: its darkest purple is lost on a dark page, its brightest yellow on a white one.
-_CMAP = LinearSegmentedColormap.from_list("inner", mpl.colormaps[DENSITY_CMAP](np.linspace(0.2, 0.93, 256)))
 
 
 def _points(ax: Axes, x: Tensor, role: str, *, size: float = 5, alpha: float = 0.6) -> None:
@@ -156,14 +153,14 @@ def inversion_geometry(alphas: Sequence[float], seed: int) -> Figure:
     x = torch.randn(1500, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     density = standard_normal_log_prob(x).exp().numpy()
     for ax, points in ((left, x), (middle, inversion_map(x, 1.0))):
-        shown = ax.scatter(points[:, 0], points[:, 1], c=density, cmap=_CMAP, s=7, linewidths=0, rasterized=True)
+        shown = ax.scatter(points[:, 0], points[:, 1], c=density, cmap=INNER_CMAP, s=7, linewidths=0, rasterized=True)
         _square(ax, 3.2)
     bar = fig.colorbar(shown, ax=[left, middle], location="bottom", shrink=0.6, aspect=40, label="true density of $x$")
     bar.outline.set_visible(False)
     left.set(title="$x$", xlabel="$x_1$", ylabel="$x_2$")
     middle.set(title="$F_1(x)$", xlabel="$z_1$", ylabel="$z_2$")
     for ax in (left, middle):
-        ax.plot(0, 0, "+", ms=12, mew=2, color=COLORS["non-usf"])
+        ax.plot(0, 0, "+", ms=12, mew=2, color=INK)
 
     r = np.linspace(0.25, 4, 300)
     for alpha in alphas:
@@ -276,7 +273,7 @@ def score_against_radius(
             rasterized=True,
         )
         upper.plot(r, limits[dim].score(r), "--", color=COLORS["oracle"], lw=1.4)
-        upper.plot(0, 1, "*", ms=13, color=COLORS["non-usf"], clip_on=False, zorder=5)
+        upper.plot(0, 1, "*", ms=13, color=INK, clip_on=False, zorder=5)
         upper.set(title=f"$d = {dim}$", ylim=(0, 1.5))
         flow = usf[dim]
         assert isinstance(flow.model, Flow)
@@ -290,7 +287,7 @@ def score_against_radius(
         )
         mode = float(flow.model.score(torch.zeros(1, dim)))
         lower.plot(r, r, "--", color=COLORS["oracle"], lw=1.4)
-        lower.plot(0, mode, "*", ms=13, color=COLORS["non-usf"], clip_on=False, zorder=5)
+        lower.plot(0, mode, "*", ms=13, color=INK, clip_on=False, zorder=5)
         lower.set(xlabel=r"distance from the mode $\|x\|$", xlim=(0, top), ylim=(0, top))
     axes[0, 0].set_ylabel("Deep SVDD\nscore / $\\|c\\|^2$")
     axes[1, 0].set_ylabel("USF\nscore")
@@ -298,7 +295,7 @@ def score_against_radius(
         Line2D([], [], ls="", marker="o", color=COLORS["deep-svdd"], label="Deep SVDD"),
         Line2D([], [], ls="", marker="o", color=COLORS["usf"], label="USF"),
         Line2D([], [], ls="--", color=COLORS["oracle"], label="limit (above), identity (below)"),
-        Line2D([], [], ls="", marker="*", ms=10, color=COLORS["non-usf"], label="the mode, $x = 0$"),
+        Line2D([], [], ls="", marker="*", ms=10, color=INK, label="the mode, $x = 0$"),
     ]
     fig.legend(handles=marks, loc="outside lower center", ncols=4)
     return fig
