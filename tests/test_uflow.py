@@ -307,6 +307,26 @@ def test_learning_rate_decays_by_epoch_as_in_anomalib_or_by_step_as_in_the_paper
         assert configured["lr_scheduler"]["scheduler"].total_iters == 25_000
 
 
+def test_fast_path_lowers_the_learning_rate_after_every_epoch_as_the_stock_model_does(
+    stock_and_own: tuple[StockUflow, Uflow], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, own = stock_and_own[0], copy.deepcopy(stock_and_own[1].model)
+    (optimiser,), (schedule,) = stock.configure_optimizers()
+    expected: list[float] = []
+    for _ in range(3):
+        expected.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    used: list[float] = []
+    optimiser = own.optimiser()
+    optimiser.register_step_post_hook(lambda *_: used.append(optimiser.param_groups[0]["lr"]))
+    monkeypatch.setattr(own, "optimiser", lambda: optimiser)
+    cached = Features(tuple(own.features(images)))
+    detection.fit(own, cached, epochs=3, batch_size=len(images), progress=False)
+    assert used == pytest.approx(expected, rel=1e-12)
+    assert used[2] < used[1] < used[0] == 1e-3
+
+
 def test_construction_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("a connection was opened")

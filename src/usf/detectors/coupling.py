@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from anomalib.models.components.flow import AllInOneBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from usf.flows import LULinear
 
@@ -182,6 +183,44 @@ class Block(AllInOneBlock):
             ladj = ladj + self.lu.log_diagonal.sum()
         return ladj
 
+    def after_coupling(self) -> tuple[Tensor, Tensor]:
+        """(W (C, C), b (C,)): scale, offset, permutation, L and U as one affine map of the channels."""
+        weight = self.w_perm.flatten(1)
+        if self.lu is not None:
+            weight = self.lu.matrix().index_select(1, self.back) if self.hard else self.lu.matrix() @ weight
+        bias = weight @ self.global_offset.flatten()
+        if self.lu is not None:
+            bias = self.lu.bias + bias
+        if self.options.global_scale:
+            weight = weight * self.global_scale_activation(self.global_scale).flatten()
+        return weight, bias
+
+    def layers(self) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+        """The two layers of the coupling network.
+
+        Raises:
+            ValueError: a network that is not two layers with a ReLU between.
+        """
+        layers = list(self.subnet.children()) if isinstance(self.subnet, nn.Sequential) else []
+        if len(layers) == 3 and isinstance(layers[1], nn.ReLU):
+            first, _, last = layers
+            if isinstance(first, (nn.Linear, nn.Conv2d)) and isinstance(last, (nn.Linear, nn.Conv2d)):
+                return first, last
+        raise ValueError(f"a coupling network of two layers with a ReLU between is needed, not {self.subnet}")
+
+    def seen(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """A pointwise first layer taken apart: what it makes of the conditions is the same for every image.
+
+        Args:
+            conditions: (positions, P).
+
+        Returns:
+            its weights at x1, (hidden, C1), and its values at the conditions, bias included, (positions, hidden).
+        """
+        first, _ = self.layers()
+        weight = first.weight.flatten(1)
+        return weight[:, : self.splits[0]], F.linear(conditions, weight[:, self.splits[0] :], first.bias)
+
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Scale, offset, permutation and LU; the second value is :meth:`log_scale`."""
         scale = (
@@ -198,13 +237,10 @@ class Block(AllInOneBlock):
         if not self.lu.is_wide(x):
             # Fewer vectors than channels: U, then L, instead of their product.
             return self.lu.linear(self._shuffle(x * scale + self.global_offset), self.lu.bias), self.log_scale()
-        # One convolution for scale, offset, permutation, L and U: the product of the small matrices costs less than one
-        # more pass over the feature map, forwards and backwards.
-        mixing = self.lu.matrix()
-        mixing = mixing.index_select(1, self.back) if self.hard else mixing @ self.w_perm.flatten(1)
-        bias = self.lu.bias + mixing @ self.global_offset.flatten()
-        weight = (mixing * scale.flatten()).reshape(self.w_perm.shape)
-        return self.permute_function(x, weight, bias), self.log_scale()
+        # One convolution: the product of the small matrices costs less than one more pass over the feature map,
+        # forwards and backwards.
+        weight, bias = self.after_coupling()
+        return self.permute_function(x, weight.reshape(self.w_perm.shape), bias), self.log_scale()
 
     def _shuffle(self, x: Tensor, rev: bool = False) -> Tensor:
         """The permutation, or its inverse, of the channels."""

@@ -68,36 +68,13 @@ def _matrix(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight).flatten(1)
 
 
-def _layers(block: Block) -> tuple[nn.Module, nn.Module]:
-    """The two layers of a coupling network."""
-    layers = list(block.subnet.children())
-    if len(layers) == 3 and isinstance(layers[1], nn.ReLU):
-        first, _, last = layers
-        if all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in (first, last)):
-            return first, last
-    raise ValueError(f"a coupling network of two layers with a ReLU between is needed, not {block.subnet}")
-
-
-def _mixing(block: Block) -> tuple[Tensor, Tensor]:
-    """(W, b) of everything after the coupling: scale, offset, permutation, L and U as one matrix."""
-    weight = block.w_perm.flatten(1)
-    if block.lu is not None:
-        weight = block.lu.matrix().index_select(1, block.back) if block.hard else block.lu.matrix() @ weight
-    bias = weight @ block.global_offset.flatten()
-    if block.lu is not None:
-        bias = bias + block.lu.bias
-    if block.options.global_scale:
-        weight = weight * block.global_scale_activation(block.global_scale).flatten()
-    return weight, bias
-
-
 def _pays(block: Block) -> bool:
     """Whether a block can share the dense map of the one before it, and that saves work.
 
     With C channels, h hidden ones and couplings of halves, two maps and two 1x1 layers cost 2 C^2 + C h, and together
     C^2 + 2 C h.
     """
-    first, last = _layers(block)
+    first, last = block.layers()
     pointwise = _is_pointwise(first) and _is_pointwise(last)
     additive = block.options.coupling == "additive" and not block.conditional
     return additive and pointwise and len(_matrix(first)) < block.in_channels
@@ -131,15 +108,14 @@ class _Step(nn.Module):
         super().__init__()
         self.coupling, self.clamp, self.sum_dims = block.options.coupling, block.clamp, block.sum_dims
         self.kept = block.splits[0]
-        self.first, self.last = (copy.deepcopy(layer) for layer in _layers(block))
-        self.last.weight.data.mul_(SUBNET_SCALE)  # type: ignore[operator]
-        self.last.bias.data.mul_(SUBNET_SCALE)  # type: ignore[operator]
+        self.first, self.last = (copy.deepcopy(layer) for layer in block.layers())
+        for parameter in self.last.parameters():
+            parameter.data.mul_(SUBNET_SCALE)
         table = down = across = None
         if block.conditional:
             if conditions is None or size is None:
                 raise ValueError("a conditional block can be folded only under conditions that are known")
-            # The part of the first layer that sees the position is the same for every image.
-            seen = F.linear(conditions.double(), _matrix(self.first)[:, self.kept :], cast(Tensor, self.first.bias))
+            at_x1, seen = block.seen(conditions.double())
             table = seen.t().reshape(1, -1, *size)
             # One half of the code tells the row, the other the column; files hold those parts instead of their sum.
             across = table[:, :, :1]
@@ -147,12 +123,12 @@ class _Step(nn.Module):
             if not torch.allclose(down + across, table):
                 raise ValueError("the conditions must be a code of the row beside a code of the column")
             self.first = nn.Linear(self.kept, seen.shape[1], bias=False, dtype=torch.float64)
-            self.first.weight.data.copy_(_matrix(_layers(block)[0])[:, : self.kept])
-        weight, bias = _mixing(block)
+            self.first.weight.data.copy_(at_x1)
+        weight, bias = block.after_coupling()
         read = read_bias = write = None
         if after is not None:
-            inner, outer = _layers(after)
-            follow, offset = _mixing(after)
+            inner, outer = after.layers()
+            follow, offset = after.after_coupling()
             read = _matrix(inner) @ weight[: self.kept]
             read_bias = _matrix(inner) @ bias[: self.kept] + cast(Tensor, inner.bias)
             write = follow[:, self.kept :] @ (SUBNET_SCALE * _matrix(outer))

@@ -72,12 +72,10 @@ def _network_type(x: Tensor) -> torch.dtype:
 
 
 def _layers(block: Block) -> tuple[nn.Linear, nn.Linear]:
-    layers = list(block.subnet.children()) if isinstance(block.subnet, nn.Sequential) else []
-    if len(layers) == 3 and isinstance(layers[1], nn.ReLU):
-        first, _, last = layers
-        if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
-            return first, last
-    raise ValueError(f"the coupling network must be Linear, ReLU, Linear, not {block.subnet}")
+    first, last = block.layers()
+    if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
+        raise ValueError(f"the coupling network must be Linear, ReLU, Linear, not {block.subnet}")
+    return first, last
 
 
 class _Plan(NamedTuple):
@@ -381,22 +379,16 @@ class _Folded(NamedTuple):
 
 
 def _fold(block: Block, conditions: Tensor, network_type: torch.dtype) -> _Folded:
-    first, last = _layers(block)
-    k = block.splits[0]
+    _, last = _layers(block)
+    at_x1, table = block.seen(conditions)
     scale = block.global_scale_activation(block.global_scale).flatten() if block.options.global_scale else None
-    bias, weight = block.global_offset.flatten(), None
-    if block.lu is not None:
-        mixing = block.lu.matrix()
-        mixing = mixing.index_select(1, block.back) if block.hard else mixing @ block.w_perm
-        bias = torch.addmv(block.lu.bias, mixing, bias)
-        weight = mixing if scale is None else mixing * scale
-    elif not block.hard:
-        bias = block.w_perm @ bias
-        weight = block.w_perm if scale is None else block.w_perm * scale
+    weight, bias = None, block.global_offset.flatten()
+    if block.lu is not None or not block.hard:
+        weight, bias = block.after_coupling()
     return _Folded(
         plan=_Plan.of(block),
-        first=first.weight[:, :k].to(network_type),
-        table=F.linear(conditions, first.weight[:, k:], first.bias).to(network_type),
+        first=at_x1.to(network_type),
+        table=table.to(network_type),
         last=(SUBNET_SCALE * last.weight).to(network_type),
         last_bias=(SUBNET_SCALE * last.bias).to(network_type),
         weight=weight,

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 
 from usf.detectors.coupling import FlowOptions
 
@@ -88,6 +89,11 @@ class DetectorModel(nn.Module):
     def optimiser(self) -> torch.optim.Optimizer:
         """The optimiser of section 5.1 and of anomalib, over :meth:`trainable_parameters`."""
         raise NotImplementedError
+
+    def epoch_schedule(self, optimiser: torch.optim.Optimizer) -> LRScheduler | None:
+        """What the caller steps after every epoch; ``None`` where the learning rate does not change with epochs."""
+        del optimiser
+        return None
 
     def stock_maps(self, latents: Latents) -> Tensor:
         """anomalib's anomaly map of the same latents, (N, 1, H, W)."""

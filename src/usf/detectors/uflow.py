@@ -194,14 +194,18 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with learning rate 1e-3 and weight decay 1e-5 (section 5.1).
 
-        With ``lr_schedule="step"`` it lowers its own learning rate; with ``"epoch"`` the caller may step
-        :meth:`schedule`, or leave it, see there.
+        With ``lr_schedule="step"`` it lowers its own learning rate; with ``"epoch"`` the caller steps
+        :meth:`epoch_schedule`.
         """
         optimiser = torch.optim.Adam(self.trainable_parameters(), lr=1e-3, weight_decay=1e-5)
         if self.lr_schedule == "step":
             schedule = self.schedule(optimiser)
             optimiser.register_step_post_hook(lambda *_: schedule.step())
         return optimiser
+
+    def epoch_schedule(self, optimiser: torch.optim.Optimizer) -> LinearLR | None:
+        """:meth:`schedule` with ``lr_schedule="epoch"``, else ``None``."""
+        return self.schedule(optimiser) if self.lr_schedule == "epoch" else None
 
     @staticmethod
     def schedule(optimiser: torch.optim.Optimizer) -> LinearLR:

@@ -302,6 +302,7 @@ def fit(
     if lr is not None:
         for group in optimiser.param_groups:
             group["lr"] = lr
+    schedule = model.epoch_schedule(optimiser)
     history = FitHistory(stopping, initial_digest(model))
     rule = Patience(patience)
     best: list[Tensor] | None = None
@@ -320,6 +321,8 @@ def fit(
                     optimiser.step()
                     checker.add(loss.detach(), len(maps[0]))
                 bar.update(len(maps[0]))
+            if schedule is not None:
+                schedule.step()
             history.losses.append(checker.mean())
             model.eval()
             shown = {"loss": f"{history.losses[-1]:.4g}"}
