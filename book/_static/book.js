@@ -1,9 +1,18 @@
 /* What the theme's markup leaves to assistive technology and to the keyboard. */
 "use strict";
 
+/* A formula in a line of text that is longer than the line gets one of its own, in which it scrolls. */
+function formulas() {
+  for (const formula of document.querySelectorAll("article mjx-container:not([display])")) {
+    formula.classList.remove("wide");
+    const room = formula.closest("p, li, td, dd, figcaption, div").clientWidth;
+    if (room > 0 && formula.getBoundingClientRect().width > room) formula.classList.add("wide");
+  }
+}
+
 /* Whatever scrolls can be scrolled with the keys. The theme sees to it once; cells that are unfolded later are not counted. */
 function keyboard() {
-  const boxes = "pre, .pst-scrollable-table-container, div.math, mjx-container[display], .cell_output .text_html";
+  const boxes = "pre, .pst-scrollable-table-container, div.math, mjx-container[display], mjx-container.wide, .cell_output .text_html";
   for (const box of document.querySelectorAll(`article :is(${boxes})`)) {
     const wide = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
     if (wide && ["auto", "scroll"].includes(getComputedStyle(box).overflowX)) box.tabIndex = 0;
@@ -27,8 +36,15 @@ document.addEventListener("DOMContentLoaded", () => {
 });
 
 addEventListener("load", () => {
-  const watch = new ResizeObserver(keyboard);
-  watch.observe(document.querySelector("article") ?? document.body); // it grows when something in it is unfolded
-  document.addEventListener("toggle", keyboard, true);
-  (window.MathJax?.startup?.promise ?? Promise.resolve()).then(keyboard);
+  let asked = false;
+  const look = () => {
+    asked = false;
+    formulas();
+    keyboard();
+  };
+  // Not from within the observer, which would see what it causes.
+  const ask = () => asked || (asked = true, requestAnimationFrame(look));
+  new ResizeObserver(ask).observe(document.querySelector("article") ?? document.body); // unfolding lets it grow
+  document.addEventListener("toggle", ask, true);
+  (window.MathJax?.startup?.promise ?? Promise.resolve()).then(ask);
 });
