@@ -159,7 +159,6 @@ def test_normal_stopping_restores_the_best_weights(features: Features) -> None:
     assert history.best_epoch + 2 == history.epochs or history.epochs == 30
     assert history.val[history.best_epoch - 1] == min(history.val)
     assert detection.nll(detector, features) == pytest.approx(min(history.val), rel=1e-4)
-    assert not history.uses_test_images
 
 
 def test_paper_stopping_selects_by_what_is_watched_and_says_so() -> None:
@@ -173,7 +172,7 @@ def test_paper_stopping_selects_by_what_is_watched_and_says_so() -> None:
     toy = Toy()
     history = detection.fit(toy, TOY, epochs=5, stopping="paper", patience=2, watch=watch, progress=False, batch_size=3)
     assert history.watched == values[:4]
-    assert (history.best_epoch, history.epochs, history.uses_test_images) == (2, 4, True)
+    assert (history.best_epoch, history.epochs) == (2, 4)
     assert torch.equal(toy.scale.detach(), kept[1])
     assert not torch.equal(kept[1], kept[3])
     with pytest.raises(NotFiniteError, match="value of watch is None after epoch 1"):

@@ -101,11 +101,6 @@ class FitHistory:
         """Epochs trained."""
         return len(self.losses)
 
-    @property
-    def uses_test_images(self) -> bool:
-        """Whether the epoch was selected on test images."""
-        return self.stopping == "paper"
-
 
 @dataclasses.dataclass
 class Patience:
