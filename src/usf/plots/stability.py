@@ -64,6 +64,38 @@ def failure_map(rows: Rows, *, size: tuple[float, float] | None = None) -> Figur
     return figure
 
 
+def starts(rows: Rows, labels: Mapping[tuple[str, str], str], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Untrained loss per dimension against the number of blocks; a triangle is a loss that is not a float.
+
+    Args:
+        rows: one a start, with ``coupling``, ``remedy``, ``blocks``, ``size`` and ``held_start``.
+        labels: (coupling, remedy) -> name of the line, in order.
+        styles: name -> arguments of the line.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    top = 3.4e38
+    for (coupling, remedy), label in labels.items():
+        chosen = [row for row in rows if (row["coupling"], row["remedy"]) == (coupling, remedy)]
+        blocks = sorted({int(row["blocks"]) for row in chosen})
+        groups = [[float(r["held_start"]) / r["size"] for r in chosen if r["blocks"] == n] for n in blocks]
+        style = {"color": INK, **styles.get(label, {})}
+        middle = [(n, float(np.median(group))) for n, group in zip(blocks, groups, strict=True)]
+        finite = [(n, value) for n, value in middle if np.isfinite(value)]
+        axis.plot(*zip(*finite, strict=True), label=label, **style)
+        for n, group in zip(blocks, groups, strict=True):
+            fine = [value for value in group if np.isfinite(value)]
+            axis.plot([n] * len(fine), fine, ".", color=style["color"], ms=5)
+            if len(fine) < len(group):
+                axis.plot(n, top, "^", color=style["color"], ms=8, clip_on=False)
+    axis.axhline(top, color=INK, lw=1, ls=":")
+    axis.set_yscale("log")
+    axis.set_xticks(sorted({int(row["blocks"]) for row in rows}))
+    axis.set_xlabel("blocks")
+    axis.set_ylabel("untrained loss (nats a dimension)")
+    figure.legend(loc="outside upper center", ncols=1)
+    return figure
+
+
 def traces(runs: Mapping[str, Mapping[str, Sequence[float]]], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Loss, log-determinant, latents and condition number over the steps of some runs.
 

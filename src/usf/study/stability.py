@@ -72,6 +72,7 @@ __all__ = [
     "VectorSubject",
     "build",
     "cases",
+    "edge",
     "growth",
     "load",
     "locate",
@@ -79,6 +80,7 @@ __all__ = [
     "publish",
     "randomise",
     "run_case",
+    "run_flow",
     "stress",
 ]
 
@@ -624,7 +626,8 @@ def build(case: Case) -> Subject:
     return subject
 
 
-def _vector_run(case: Case) -> tuple[Run, dict[str, Any]]:
+def run_flow(case: Case) -> tuple[Run, Subject]:
+    """Train a case on the mixture; the flow comes back as the run left it."""
     train, held = (paper_mixture(case.size).sample(n, seed) for n, seed in ((5_000, 1), (1_000, 2)))
     kind = torch.float64 if case.remedy == "double" else torch.float32
     train, held = train.to(kind), held.to(kind)
@@ -634,8 +637,9 @@ def _vector_run(case: Case) -> tuple[Run, dict[str, Any]]:
         while True:
             yield train[torch.randint(len(train), (case.batch,), generator=generator)]
 
-    run = stress(build(case), batches(), held, steps=case.steps, lr=case.lr, remedy=case.remedy, samples=len(train))
-    return run, {}
+    subject = build(case)
+    run = stress(subject, batches(), held, steps=case.steps, lr=case.lr, remedy=case.remedy, samples=len(train))
+    return run, subject
 
 
 class _Images(NamedTuple):
@@ -752,7 +756,11 @@ def _finite_max(values: Sequence[float]) -> float | None:
 def run_case(case: Case, run_name: str) -> tuple[dict[str, Any], Trace]:
     """Train one case; a failure is a row like any other."""
     started = time.perf_counter()
-    run, extra = (_vector_run if case.part in VECTORS else _feature_run)(case)
+    extra: dict[str, Any] = {}
+    if case.part in VECTORS:
+        run, _ = run_flow(case)
+    else:
+        run, extra = _feature_run(case)
     trace, kind = run.trace, outcome(run)
     row: dict[str, Any] = {
         **dataclasses.asdict(case),
@@ -863,6 +871,24 @@ def load(folder: Path | None = None) -> dict[str, list[dict[str, Any]]]:
         "runs": records.read_csv(where / "stability.csv"),
         "traces": records.read_csv(where / "figures" / "stability-traces.csv"),
     }
+
+
+def edge(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """(largest learning rate up to which every run trained, smallest at which most failed); 0 and infinity for none.
+
+    >>> run = {"lr": 0.1, "outcome": "ok"}
+    >>> edge([run, {**run, "lr": 0.3, "outcome": "not finite"}])
+    (0.1, 0.3)
+    """
+    rates = sorted({float(run["lr"]) for run in runs})
+    share = {rate: [run["outcome"] != "ok" for run in runs if float(run["lr"]) == rate] for rate in rates}
+    trained = 0.0
+    for rate in rates:
+        if any(share[rate]):
+            break
+        trained = rate
+    failed = next((rate for rate in rates if 2 * sum(share[rate]) > len(share[rate])), math.inf)
+    return trained, failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
