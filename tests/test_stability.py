@@ -185,7 +185,7 @@ def test_runs_are_resumed_published_and_drawn(tmp_path: Path) -> None:
     assert len(found["runs"]) == len(wanted)
     for row in found["runs"]:
         assert row["status"] == ("ok" if row["outcome"] == "ok" else "failed")
-        assert row["run"] in json.loads((tmp_path / "published" / "stability-provenance.json").read_text())
+        assert row["run"] in json.loads((tmp_path / "published" / "provenance.json").read_text())
     quiet = [row for row in found["runs"] if row["lr"] == 0.01 and row["remedy"] == "none"]
     assert {row["outcome"] for row in quiet} == {"ok"}
     steps = [row["step"] for row in found["traces"] if row["coupling"] == "affine" and row["lr"] == 0.01]

@@ -26,7 +26,7 @@ Six parts, each a set of runs (:func:`cases`):
     python -m usf.study.stability features --profile book --publish
 
 Each run is one JSON file under ``build/stability``, written at once; what is there is not run again. ``--publish``
-gathers all parts into ``data/results/ablation/stability.csv``, with provenance and the traces of some runs beside it.
+gathers all parts into ``data/results/stability/runs.csv``, with provenance and the traces of some runs beside it.
 """
 
 from __future__ import annotations
@@ -745,7 +745,7 @@ COLUMNS: tuple[str, ...] = (
     distinct_stock scores scores_stock images weights weights_sha256 seconds run
     """.split(),
 )
-"""Columns of ``stability.csv``; maxima over finite steps. ``scores``: a hash of the test images' scores."""
+"""Columns of ``runs.csv``; maxima over finite steps. ``scores``: a hash of the test images' scores."""
 
 
 def _finite_max(values: Sequence[float]) -> float | None:
@@ -815,7 +815,7 @@ TRACE_COLUMNS = (
 
 
 def publish(out: Path, target: Path) -> None:
-    """Gather the runs under ``out`` into ``stability.csv``, its provenance and ``figures/``, all in ``target``.
+    """Gather the runs under ``out`` into ``runs.csv``, ``traces.csv`` and ``provenance.json`` in ``target``.
 
     Traces are kept of the runs of seed 0 without a remedy in the parts ``mixture`` and ``features``.
 
@@ -843,10 +843,10 @@ def publish(out: Path, target: Path) -> None:
         ]
     )
     rows = [one["row"] for one in found]
-    records.write_csv(target / "stability.csv", rows, COLUMNS, digits=6)
+    records.write_csv(target / "runs.csv", rows, COLUMNS, digits=6)
     used = sorted({row["run"] for row in rows})
     origins = {name: json.loads((out / "runs" / f"{name}.json").read_text("utf8")) for name in used}
-    records.write_json(target / "stability-provenance.json", origins)
+    records.write_json(target / "provenance.json", origins)
     traces = []
     for one in found:
         row, trace = one["row"], one["trace"]
@@ -861,15 +861,15 @@ def publish(out: Path, target: Path) -> None:
                 values["condition"], values["gain"] = looks[step]
             key = {name: row[name] for name in TRACE_COLUMNS[:8]}
             traces.append({**key, "step": step, **{k: float(v) for k, v in values.items()}})
-    records.write_csv(target / "figures" / "stability-traces.csv", traces, TRACE_COLUMNS, digits=4)
+    records.write_csv(target / "traces.csv", traces, TRACE_COLUMNS, digits=4)
 
 
 def load(folder: Path | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Published records, lists of rows: ``runs`` and ``traces``; by default from ``data/results/ablation``."""
-    where = paths.results("ablation") if folder is None else folder
+    """Published records, lists of rows: ``runs`` and ``traces``; by default from ``data/results/stability``."""
+    where = paths.results("stability") if folder is None else folder
     return {
-        "runs": records.read_csv(where / "stability.csv"),
-        "traces": records.read_csv(where / "figures" / "stability-traces.csv"),
+        "runs": records.read_csv(where / "runs.csv"),
+        "traces": records.read_csv(where / "traces.csv"),
     }
 
 
@@ -900,7 +900,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="*", help="in place of the profile's")
     parser.add_argument("--seconds", type=float, help="begin no run after so many")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: build/stability/PROFILE")
-    parser.add_argument("--publish", action="store_true", help="also write data/results/ablation")
+    parser.add_argument("--publish", action="store_true", help="also write data/results/stability")
     chosen = parser.parse_args(arguments)
     out = chosen.out or paths.build("stability", chosen.profile)
     torch.set_num_threads(1)
@@ -908,7 +908,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in chosen.parts:
         done &= run_all(cases(part, chosen.profile, data=chosen.data, seeds=chosen.seeds), out, seconds=chosen.seconds)
     if chosen.publish:
-        publish(out, paths.results("ablation"))
+        publish(out, paths.results("stability"))
     return 0 if done else 3
 
 

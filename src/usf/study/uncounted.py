@@ -8,7 +8,7 @@ frozen, with and without the flow's own learned scales, and looks at gains, late
     python -m usf.study.uncounted hazelnut --profile book --publish
 
 Each training is one JSON file under ``build/uncounted``, written at once. ``--publish`` gathers them into
-``data/results/ablation/collapse.csv``, one row a look, with ``collapse-provenance.json`` beside it.
+``data/results/stability/collapse.csv``, one row a look, with ``collapse-provenance.json`` beside it.
 """
 
 from __future__ import annotations
@@ -291,8 +291,8 @@ def publish(out: Path, target: Path) -> None:
 
 
 def load(folder: Path | None = None) -> list[dict[str, Any]]:
-    """Published looks; by default from ``data/results/ablation``."""
-    found = records.read_csv((paths.results("ablation") if folder is None else folder) / "collapse.csv")
+    """Published looks; by default from ``data/results/stability``."""
+    found = records.read_csv((paths.results("stability") if folder is None else folder) / "collapse.csv")
     return [{**row, "global_scale": row["global_scale"] == "True"} for row in found]
 
 
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="parts of the names of the trainings to run")
     parser.add_argument("--seconds", type=float, help="begin no training after so many")
     parser.add_argument("--out", type=Path, help="folder of the trainings; default: build/uncounted/PROFILE")
-    parser.add_argument("--publish", action="store_true", help="also write data/results/ablation")
+    parser.add_argument("--publish", action="store_true", help="also write data/results/stability")
     chosen = parser.parse_args(arguments)
     out = chosen.out or paths.build("uncounted", chosen.profile)
     torch.set_num_threads(1)
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             print(f"{case.name}: {last['status']} {shown} ({last['seconds']:.0f} s)", flush=True)
     if chosen.publish:
-        publish(out, paths.results("ablation"))
+        publish(out, paths.results("stability"))
     return 0
 
 
