@@ -329,6 +329,45 @@ def test_accessibility(visit: Visit) -> None:
     visit.clean()
 
 
+def test_interactive_figures(visit: Visit) -> None:
+    """In the pages themselves: drawn, named by their captions, moved by the keyboard, also in a narrow window."""
+    pages = [name for name in documents() if "<usf-figure" in (HTML / f"{name}.html").read_text("utf8")]
+    assert len(pages) >= 3
+    page = visit.page
+    for name in pages:
+        visit.open(f"{name}.html")
+        figure = page.locator("usf-figure")
+        assert figure.count() == page.locator("figure usf-figure[aria-labelledby]").count() > 0
+        for number in range(figure.count()):
+            slider = figure.nth(number).locator("input[type=range]")
+            places = "f => [...f.querySelectorAll('.dot')].map(d => d.style.transform + d.classList).join()"
+            before = figure.nth(number).evaluate(places)
+            assert before
+            slider.focus()
+            page.keyboard.press("ArrowRight")
+            assert figure.nth(number).evaluate(places) != before
+        page.set_viewport_size(NARROW)  # type: ignore[arg-type]
+        page.wait_for_timeout(100)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= NARROW["width"]
+        page.set_viewport_size(WIDE)  # type: ignore[arg-type]
+    visit.clean()
+
+
+def test_figures_lead_to_their_code(visit: Visit) -> None:
+    """The link behind a caption opens the source, at the function."""
+    page = visit.page
+    visit.open(f"{documents()[0]}.html")
+    link = page.locator("figcaption .figure-code a").first
+    function = link.inner_text()
+    link.click()
+    page.wait_for_url("**/code/*.html#*")
+    name = function.rsplit(".", 1)[1]
+    assert page.url.endswith(f"#{name}")
+    assert page.locator(f"pre #{name}").count() == 1
+    assert f"def {name}(" in page.locator("pre").first.inner_text()
+    visit.clean()
+
+
 def test_first_page(visit: Visit) -> None:
     """The address that `make book` prints leads to the introduction."""
     visit.page.goto(f"{visit.address}/index.html")
