@@ -106,7 +106,7 @@ def two_levels(
     """Both spaces of a flow-prior VAE: what the encoder makes of images, and what the flow makes of that.
 
     Left the means of q(z | x), then their flow latents, each in the plane of the first two principal components of the
-    first group. Beside them the distribution of its norm, with a line at sqrt(d), where a standard normal has it.
+    first group. Beside them the distribution of the latter's norm.
 
     Args:
         encoded: group -> (n, d), e.g. training, held-out normal and anomalous images.
@@ -135,7 +135,6 @@ def two_levels(
         norms = np.sort(np.linalg.norm(points, axis=1))
         share = (np.arange(len(norms)) + 1) / len(norms)
         axes[2].step(norms, share, where="post", color=COLORS[colors[name]], label=name)
-    axes[2].axvline(np.sqrt(dimension), color=INK, linewidth=0.8, linestyle=":")
     axes[2].set(title="norm of the flow latent", xlabel="norm", ylabel="share of images below")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(encoded))
     return figure
