@@ -16,7 +16,7 @@ from usf.plots.theme import COLORS, INK
 __all__ = ["LABELS", "areas", "image_grid", "two_levels", "two_terms"]
 
 LABELS = {"usf": "VAE-USFlow", "non-usf": "VAE-NonUSFlow", "gaussian": "VAE"}
-_COLORS = {"usf": "usf", "non-usf": "non-usf", "gaussian": "oracle"}
+_COLORS = {"usf": "usf", "non-usf": "non-usf", "gaussian": "other"}
 
 
 def areas(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]], *, seeds: int, group: str = "class") -> Figure:
