@@ -27,6 +27,10 @@ document.addEventListener("DOMContentLoaded", () => {
     bar.setAttribute("role", "complementary");
     bar.setAttribute("aria-label", "Book");
   }
+  // What unfolds a part of the table of contents says of which.
+  for (const fold of document.querySelectorAll("nav li > details > summary")) {
+    fold.setAttribute("aria-label", `Below ${fold.closest("li").querySelector("a")?.textContent.trim() ?? "this"}`);
+  }
   // A list of works is read as text: its roles are deprecated, and not those of a list's parts.
   for (const work of document.querySelectorAll(".citation-list, .citation")) work.removeAttribute("role");
   // The corner of a table, above its row labels, is no header of anything.
