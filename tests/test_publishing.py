@@ -22,6 +22,7 @@ import usf_launch as launch  # noqa: E402  (lies beside the chapters, for Sphinx
 from usf_book import Fingerprints  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]-*.md"))
+NOTEBOOKS = [ROOT / "book" / "intro.md", *CHAPTERS, ROOT / "book" / "appendix-reproducibility.md"]
 URL = "https://github.com/someone/book"
 
 # --- the workflow -----------------------------------------------------------------------------------------------------
@@ -171,6 +172,9 @@ def test_binder_finds_what_it_needs() -> None:
     assert not (ROOT / "binder").exists()
     assert not (ROOT / ".binder").exists()
     assert subprocess.run(["bash", "-n", "postBuild"], cwd=ROOT).returncode == 0
+    # Every page with a link to it, and no other.
+    listed = subprocess.run("grep -l '^kernelspec:' book/*.md", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert listed.stdout.split() == sorted(str(path.relative_to(ROOT)) for path in NOTEBOOKS)
 
 
 def test_publishing_touches_nothing_but_its_branch(tmp_path: Path) -> None:
