@@ -22,7 +22,7 @@ PAGES = sorted((ROOT / "book").glob("appendix-*.md"))
 TARGETS = sorted({target for row in reference.errata(ROOT) for target in reference.shown_by(row)})
 
 
-def tests_of(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text("utf8"))) if isinstance(node, ast.FunctionDef)}
 
 
@@ -34,7 +34,7 @@ def test_what_shows_an_erratum_exists(target: str) -> None:
     if "::" in target:
         file, test = target.split("::")
         assert (ROOT / file).is_file(), file
-        assert test in tests_of(ROOT / file), f"{file} has no {test}"
+        assert test in names_in(ROOT / file), f"{file} has no {test}"
     else:
         assert reference.role(ROOT, target), f"no chapter has {target}"
 
