@@ -33,6 +33,8 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   // A list of works is read as text: its roles are deprecated, and not those of a list's parts.
   for (const work of document.querySelectorAll(".citation-list, .citation")) work.removeAttribute("role");
+  // Sphinx lists the parameters of a long signature as definitions without terms.
+  for (const list of document.querySelectorAll("dt.sig dl")) list.setAttribute("role", "none");
   // The corner of a table, above its row labels, is no header of anything.
   for (const corner of document.querySelectorAll("article th")) {
     if (!corner.textContent.trim() && !corner.querySelector("img, mjx-container")) corner.setAttribute("role", "cell");
