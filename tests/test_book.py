@@ -311,10 +311,10 @@ def test_accessibility(name: str, visit: Visit) -> None:
         visit.show(theme, size)
         found = Axe().run(visit.page, {"exclude": [["mjx-container"]]}, {"resultTypes": RESULTS}).response
         undecided = sum(len(rule["nodes"]) for rule in found["incomplete"])
-        lines.append(
-            f"{name}, {theme}, {size['width']} px, axe-core {found['testEngine']['version']}: {len(found['passes'])} rules "
-            f"passed, {len(found['violations'])} violated, {undecided} elements undecided"
+        counts = (
+            f"{len(found['passes'])} rules passed, {len(found['violations'])} violated, {undecided} elements undecided"
         )
+        lines.append(f"{name}, {theme}, {size['width']} px, axe-core {found['testEngine']['version']}: {counts}")
         for rule in found["violations"]:
             where = "; ".join(" ".join(map(str, node["target"])) for node in rule["nodes"][:3])
             faults.append(f"{theme}, {size['width']} px: {rule['id']}, {rule['help']}, {len(rule['nodes'])}: {where}")
