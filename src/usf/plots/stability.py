@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from usf.plots.theme import COLORS, INK
 
@@ -96,33 +97,45 @@ def starts(rows: Rows, labels: Mapping[tuple[str, str], str], styles: Mapping[st
     return figure
 
 
-def traces(runs: Mapping[str, Mapping[str, Sequence[float]]], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Loss, log-determinant, latents and condition number over the steps of some runs.
+def traces(
+    runs: Mapping[str, Mapping[str, Sequence[float]]],
+    styles: Mapping[str, Mapping[str, Any]],
+    *,
+    last: str = "condition",
+) -> Figure:
+    """Loss, log-determinant, latents and one more over the steps of some runs.
 
     Args:
-        runs: label -> ``loss``, ``log_det``, ``reach`` by step, and ``looks``, ``condition``. A line that ends before
-            the others is a run that broke there; its last finite point has a cross.
+        runs: label -> ``loss``, ``log_det``, ``reach`` by step, and ``looks``, ``condition`` or ``gradient``. A line
+            that ends before the others is a run that broke there; its last finite point has a cross.
         styles: label -> arguments of the line.
+        last: what the fourth panel shows, ``"condition"`` (at ``looks``) or ``"gradient"`` (at every step).
     """
     figure, axes = plt.subplots(2, 2, figsize=(9.0, 5.2), sharex=True)
-    panels = (
-        ("loss", "loss (nats)", "symlog"),
-        ("log_det", "mean ln|det J| (nats)", "symlog"),
-        ("reach", "largest |latent|", "log"),
-        ("condition", "largest condition number of LU", "log"),
-    )
+    titles = {"condition": "largest condition number of LU", "gradient": "largest |entry of the gradient|"}
+    panels = {
+        "loss": "loss (nats)",
+        "log_det": "mean ln|det J| (nats)",
+        "reach": "largest |latent|",
+        last: titles[last],
+    }
     longest = max(len(run["loss"]) for run in runs.values())
-    for axis, (key, title, scale) in zip(axes.flat, panels, strict=True):
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+        largest = 0.0
         for label, run in runs.items():
             y = np.asarray(run[key], dtype=np.float64)
             x = np.asarray(run["looks"] if key == "condition" else range(len(y)), dtype=np.float64)
             fine = np.isfinite(y)
             (line,) = axis.plot(x[fine], y[fine], label=label, **styles.get(label, {}))
-            if len(run["loss"]) < longest and fine.any():
-                axis.plot(x[fine][-1], y[fine][-1], "x", color=line.get_color(), ms=9, mew=2)
-        if scale == "symlog":
-            axis.set_yscale("symlog", linthresh=100.0)
-        else:
+            if fine.any():
+                largest = max(largest, float(np.abs(y[fine]).max()))
+                if len(run["loss"]) < longest:
+                    axis.plot(x[fine][-1], y[fine][-1], "x", color=line.get_color(), ms=9, mew=2)
+        if key in ("loss", "log_det"):
+            if largest > 1e4:
+                axis.set_yscale("symlog", linthresh=100.0)
+                axis.yaxis.get_major_locator().set_params(numticks=6)
+        elif largest > 100:
             axis.set_yscale("log")
         axis.set_title(title)
     for axis in axes[1]:
@@ -140,6 +153,7 @@ def growth(profiles: Mapping[str, Mapping[str, float]], styles: Mapping[str, Map
         fine = np.isfinite(values)
         axis.plot(np.arange(1, len(values) + 1)[fine], values[fine], "o-", ms=4, label=label, **styles.get(label, {}))
     axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("block")
     axis.set_ylabel("largest |value| passed on")
     figure.legend(loc="outside upper center", ncols=min(4, len(profiles)))

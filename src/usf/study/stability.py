@@ -104,7 +104,7 @@ REMEDIES = {
 """What is done to a run. Three are no remedies but settings of the authors' published flows, as we read them."""
 
 LOOK_EVERY = 20
-"""Steps between two looks at the singular values of the LU maps."""
+"""Steps between two looks at the singular values of the LU maps, which cost as much as a step."""
 
 CLAMP = 2.0
 """anomalib's, and ours: log-scales are within +-2."""
@@ -408,6 +408,7 @@ def stress(
     remedy: str = "none",
     samples: int = 1,
     weight_decay: float = 0.0,
+    look_every: int = LOOK_EVERY,
 ) -> Run:
     """Train for ``steps`` steps of Adam, or until something is not finite.
 
@@ -419,6 +420,7 @@ def stress(
             precision is :func:`build`'s.
         samples: size of the training set, by which the prior is divided.
         weight_decay: of Adam.
+        look_every: steps between two looks at the singular values of the LU maps.
 
     Raises:
         ValueError: an unknown remedy.
@@ -441,7 +443,7 @@ def stress(
         batch = next(batches)
         optimiser.zero_grad(set_to_none=True)
         terms = subject.terms(batch)
-        _see(trace, subject, terms, step)
+        _see(trace, subject, terms, step, look_every)
         if not math.isfinite(trace.loss[-1]):
             run.broken = (step, *(locate(subject, batch) or ("loss", "energy")))
             return run
@@ -471,13 +473,13 @@ def stress(
     return run
 
 
-def _see(trace: Trace, subject: Subject, terms: Terms, step: int) -> None:
+def _see(trace: Trace, subject: Subject, terms: Terms, step: int, look_every: int) -> None:
     with torch.no_grad():
         trace.loss.append(float(terms.loss))
         trace.log_det.append(float(terms.log_det.double().mean()))
         trace.log_det_std.append(float(terms.log_det.double().std(correction=0)))
         trace.reach.append(max(float(z.abs().max()) for z in terms.z))
-        if step % LOOK_EVERY == 0 or not math.isfinite(trace.loss[-1]):
+        if step % look_every == 0 or not math.isfinite(trace.loss[-1]):
             condition, gain = conditioning(subject)
             trace.looks.append(step)
             trace.condition.append(condition)
@@ -626,8 +628,8 @@ def build(case: Case) -> Subject:
     return subject
 
 
-def run_flow(case: Case) -> tuple[Run, Subject]:
-    """Train a case on the mixture; the flow comes back as the run left it."""
+def run_flow(case: Case, look_every: int = LOOK_EVERY) -> tuple[Run, Subject]:
+    """Train a case on the mixture; the flow comes back as the run left it. ``look_every``: see :func:`stress`."""
     train, held = (paper_mixture(case.size).sample(n, seed) for n, seed in ((5_000, 1), (1_000, 2)))
     kind = torch.float64 if case.remedy == "double" else torch.float32
     train, held = train.to(kind), held.to(kind)
@@ -638,7 +640,16 @@ def run_flow(case: Case) -> tuple[Run, Subject]:
             yield train[torch.randint(len(train), (case.batch,), generator=generator)]
 
     subject = build(case)
-    run = stress(subject, batches(), held, steps=case.steps, lr=case.lr, remedy=case.remedy, samples=len(train))
+    run = stress(
+        subject,
+        batches(),
+        held,
+        steps=case.steps,
+        lr=case.lr,
+        remedy=case.remedy,
+        samples=len(train),
+        look_every=look_every,
+    )
     return run, subject
 
 
