@@ -186,16 +186,22 @@ def boundaries(edges: Mapping[str, Mapping[int, float]], styles: Mapping[str, Ma
     return figure
 
 
-def _line(axis: Axes, rows: Rows, key: str, **style: Any) -> None:
-    found = [(row["steps"], row[key]) for row in rows if row.get(key) is not None]
+def _line(axis: Axes, rows: Rows, key: str, factor: float = 1.0, **style: Any) -> None:
+    """A curve over the steps, up to where the loss leaves: there, a cross."""
+    start = next((row["loss"] for row in rows), 0.0)
+    fine = [row for row in rows if row["loss"] <= start + 1]
+    found = [(row["steps"], factor * row[key]) for row in fine if row.get(key) is not None]
     if found:
         axis.plot(*zip(*found, strict=True), **style)
+        if len(fine) < len(rows):
+            axis.plot(*found[-1], "x", color=style["color"], ms=9, mew=2)
 
 
 def collapse(looks: Rows) -> Figure:
     """Gains, latents, losses and areas over a training, by what becomes of the layer normalisation's gain.
 
-    Solid: flows with their own learned scales; dashed: without, so that their determinant is exactly one.
+    Solid: flows with their own learned scales; dashed: without, so that their determinant is exactly one. A curve ends
+    with a cross before a look at which the loss is a nat a dimension above its start.
     """
     figure, axes = plt.subplots(2, 2, figsize=(9.0, 5.4), sharex=True)
     norms = [norm for norm in NORM_COLORS if any(row["norm"] == norm for row in looks)]
@@ -203,16 +209,11 @@ def collapse(looks: Rows) -> Figure:
     for norm in norms:
         for scale in scales:
             rows = [row for row in looks if row["norm"] == norm and row["global_scale"] == scale]
-            style = {"color": NORM_COLORS[norm], "ls": "-" if scale else "--"}
+            style: dict[str, Any] = {"color": NORM_COLORS[norm], "ls": "-" if scale else "--"}
             _line(axes[0, 0], rows, "log_gain", **style)
             _line(axes[0, 1], rows, "latent_std", **style)
             _line(axes[1, 0], rows, "loss", **style)
-            _line(
-                axes[1, 1],
-                [{**row, "area": 100 * row["image_auroc"]} for row in rows if row.get("image_auroc")],
-                "area",
-                **style,
-            )
+            _line(axes[1, 1], rows, "image_auroc", 100.0, **style)
     for axis, title in zip(
         axes.flat,
         ("mean ln|gain|", "root mean square latent", "loss (nats a dimension)", "image AUROC, %"),
