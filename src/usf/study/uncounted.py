@@ -125,7 +125,7 @@ def looks(epochs: int) -> list[int]:
     """Epochs after which to look: every one at first, then ever fewer, and the last.
 
     >>> looks(30)
-    [1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 30]
+    [1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 22, 29, 30]
     """
     found = [1]
     while found[-1] < epochs:
