@@ -101,6 +101,7 @@ def browser(address: str) -> Iterator[Browser]:
 @pytest.fixture
 def visit(address: str, browser: Browser) -> Iterator[Visit]:
     context = browser.new_context(viewport=WIDE, color_scheme="light", service_workers="block")  # type: ignore[arg-type]
+    context.set_default_timeout(120_000)  # a busy machine is no fault of the pages
     visit = Visit(context.new_page(), address)
 
     def gate(route: Route, request: Request) -> None:
