@@ -41,7 +41,7 @@ def areas(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]], *, seed
                 values = [100 * row[column] for row in own if row["status"] == "ok"]
                 x = place + 0.28 * (shift - 1)
                 color = COLORS[_COLORS[prior]]
-                axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.6, label=label)
+                axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.85, label=label)
                 if values:
                     axis.plot([x - 0.11, x + 0.11], [np.mean(values)] * 2, color=color)
                 axis.annotate(
