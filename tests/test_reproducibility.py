@@ -93,6 +93,10 @@ def test_scores_and_epochs_of_a_training_are_one_run(tmp_path: Path) -> None:
     write(tmp_path, "traces.csv", "category,seed,epoch,epochs,seconds\na,0,1,2,3\na,0,2,2,7\nb,0,1,2,1\n")
     file = only(tmp_path)
     assert (file.runs, file.seconds) == (2, 8), "seconds of an epoch are those up to it"
+    header = "data,norm,epoch,loss,epochs,seconds"
+    write(tmp_path, "traces.csv", f"{header}\na,counted,0,1,1,4\na,counted,1,2,1,4\na,left out,0,1,1,6\n")
+    file = only(tmp_path)
+    assert (file.runs, file.seconds) == (2, 10), "what stands before the epoch tells runs apart"
 
 
 def test_committed_records_are_all_there_and_almost_all_say_where_they_come_from() -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Origin", "RecordFile", "dependencies", "inputs", "read", "table", "versions", "without_origin"]
 
-# Rows of these files, so far as they have these columns, are one run: its scores, and the epochs on the way.
-_TRACED = ("category", "coupling", "mixing", "seed", "epochs", "settings_hash")
+_SETTINGS = ("epochs", "settings_hash", "run")
+"""Columns that belong to a run wherever they stand; of a file with a row an epoch, so do all that stand before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,14 @@ def _beside(path: Path) -> tuple[Origin | None, dict[str, Origin]]:
     return (next(iter(runs.values())) if len(runs) == 1 else None), runs
 
 
-def _identity(columns: Iterable[str]) -> tuple[str, ...] | None:
+def _identity(columns: Sequence[str]) -> tuple[str, ...] | None:
     """Columns that name a run where a run has several rows; ``None`` where each row is one."""
-    present = set(columns)
-    if {"settings", "score", "detector"} <= present:
-        return tuple(name for name in schema.TRAINING if name in present)
-    return tuple(name for name in _TRACED if name in present) if {"epoch", "epochs"} <= present else None
+    if {"settings", "score", "detector"} <= set(columns):
+        return tuple(name for name in schema.TRAINING if name in columns)
+    if {"epoch", "epochs"} <= set(columns):
+        before = columns[: columns.index("epoch")]
+        return tuple(name for name in columns if name in before or name in _SETTINGS)
+    return None
 
 
 def _number(text: str | None) -> float:
