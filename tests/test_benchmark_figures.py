@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
 mpl.use("Agg")
@@ -90,3 +91,22 @@ def test_over_epochs_has_a_line_a_training_and_one_a_variant() -> None:
         benchmark.over_epochs([schema.example()])
     with pytest.raises(ValueError, match="one score"):
         benchmark.over_epochs([*records, schema.example(protocol="trace", score="anomalib")])
+
+
+def test_fibres_have_a_line_a_training_in_every_panel() -> None:
+    rows = pd.DataFrame(
+        {
+            "category": category, "coupling": coupling, "epochs": 2, "seed": seed, "epoch": epoch, "way": way,
+            "image_auroc": 0.9, "pixel_auroc": 0.8 + 0.01 * epoch, "max_log_prob": float(epoch),
+        }
+        for category in ("bottle", "hazelnut")
+        for coupling in ("affine", "additive")
+        for seed in (0, 1)
+        for epoch in (2, 1)
+        for way in ("log_prob", "norm")
+    )  # fmt: skip
+    figure = benchmark.fibres_over_epochs(rows, ceiling=-0.9)
+    assert [len(axis.get_lines()) for axis in figure.axes] == [8, 8, 9]
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == pytest.approx([81.0, 82.0])
+    with pytest.raises(ValueError, match="stock"):
+        benchmark.fibres_over_epochs(rows, ceiling=0.0, way="stock")

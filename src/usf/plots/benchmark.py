@@ -23,6 +23,7 @@ from usf.study.tables import Cell, Key
 
 __all__ = [
     "class_differences",
+    "fibres_over_epochs",
     "interquartile_means",
     "mean_differences",
     "measured",
@@ -301,4 +302,40 @@ def over_epochs(records: Sequence[Record], metric: str = "image_auroc") -> Figur
     figure.supxlabel("epoch", fontsize=10, color=INK)
     order = sorted(shown, key=lambda variant: tables.model_order("fastflow", variant))
     figure.legend([shown[variant] for variant in order], order, loc="outside upper right", ncols=len(order))
+    return figure
+
+
+def fibres_over_epochs(rows: pd.DataFrame, *, ceiling: float, way: str = "log_prob") -> Figure:
+    """CFlow after every epoch: image AUROC, pixel AUROC, and the likeliest fibre of the test images.
+
+    Args:
+        rows: as :func:`usf.study.rescoring.gather` writes them.
+        ceiling: the base's mode, nats per channel; a dotted line.
+        way: of scoring.
+
+    Raises:
+        ValueError: no row of that way.
+    """
+    own = rows[rows["way"] == way]
+    if own.empty:
+        raise ValueError(f"no rows of the way {way!r}: run python -m usf.study.rescoring first")
+    panels = {
+        "image_auroc": ("image AUROC, %", 100.0),
+        "pixel_auroc": ("pixel AUROC, %", 100.0),
+        "max_log_prob": ("largest ln p / C, nats", 1.0),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(8.2, 2.7))
+    styles = dict(zip(dict.fromkeys(own["category"]), ("-", "--", ":"), strict=False))
+    for axis, (column, (label, scale)) in zip(axes, panels.items(), strict=True):
+        for (category, coupling, _, _), line in own.groupby(["category", "coupling", "epochs", "seed"], sort=False):
+            line = line.sort_values("epoch")
+            axis.plot(line["epoch"], scale * line[column], styles[category], color=_color(str(coupling)), lw=1.6)
+        axis.set_ylabel(label)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].axhline(ceiling, color=INK, lw=0.8, ls=":")
+    names = {"affine": "affine", "additive": "additive + LU", "gin": "GIN"}
+    handles = [Line2D([], [], color=_color(c), label=names[c]) for c in dict.fromkeys(own["coupling"])]
+    handles += [Line2D([], [], color=INK, ls=style, label=category) for category, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     return figure

@@ -316,13 +316,20 @@ def outcomes(rows: pd.DataFrame) -> dict[str, str]:
     one = rows[(rows["way"] == "stock, batches of 32") & (rows["coupling"] == "affine")].sort_values("epoch")
     grown = one.groupby(_TRAINING)["max_log_prob"].agg(lambda values: values.iloc[-1] - values.iloc[0])
     fallen = one.groupby(_TRAINING)["image_auroc"].agg(lambda values: 100 * (values.max() - values.iloc[-1]))
+    pixels = []
+    for name, coupling in (("affine", "affine"), ("uniformly scaling", "additive")):
+        own = rows[(rows["way"] == "log_prob") & (rows["coupling"] == coupling)].sort_values("epoch")
+        change = own.groupby(_TRAINING)["pixel_auroc"].agg(lambda values: 100 * (values.iloc[-1] - values.iloc[0]))
+        if len(change):
+            pixels.append(f"the {name} model changes by {change.min():+.1f} to {change.max():+.1f}")
     count = int(rows[rows["way"] == "log_prob"]["nonfinite"].sum())
     combined = (areas["sum of probabilities"] - areas["log_prob"]).abs()
     return {
         "H1": f"the ways of batching differ by {apart:.1f} points at most: "
         + ("as predicted, not the cause here" if apart <= 5 else "against the prediction, a cause"),
         "H2": f"from the first epoch to the last the affine model's likeliest fibre gains {grown.min():.2f} to "
-        f"{grown.max():.2f} nats per channel; its AUROC ends {fallen.max():.1f} points below its best epoch, at most",
+        f"{grown.max():.2f} nats per channel; its image AUROC ends {fallen.max():.1f} points below its best "
+        f"epoch, at most. In pixel AUROC of the log-likelihood {', '.join(pixels)} points",
         "H3": f"{count or 'no'} likelihoods that are not finite",
         "H4": f"the two ways of combining layers differ by {combined.mean():.1f} points on average, by "
         f"{combined.max():.1f} at most",
