@@ -114,6 +114,19 @@ def test_the_factorial_recovers_the_effects_that_made_the_numbers(
     )
 
 
+def test_outcomes_are_the_papers_two_steps_and_what_the_repairs_leave() -> None:
+    areas = {"affine": 0.90, "additive": 0.85, "additive + LU": 0.87}
+    records = [record(variant, seed, area) for variant, area in areas.items() for seed in (0, 1)]
+    assert ablation.outcomes(ablation.frame(records)) == [
+        "FastFlow, image AUROC: additive -5.0; LU added +2.0; together -3.0 (pill).",
+        "FastFlow, pixel AUROC: additive -2.5; LU added +1.0; together -1.5 (pill).",
+    ]
+    records += [record("affine", 0, 0.8, "score"), record("additive + LU", 0, 0.9, "score")]
+    records += [record("affine", 0, 0.9, "loss"), record("additive + LU", 0, 0.8, "loss")]
+    assert "repairs that were run: 1 of 2 on pill." in ablation.outcomes(ablation.frame(records))[0]
+    assert ablation.outcomes(ablation.frame(records[:2])) == ablation.outcomes(ablation.frame([])) == []
+
+
 def test_every_contrast_is_one() -> None:
     everything = [*ablation.CONTRASTS.values(), ablation.repairs(), ablation.differences("score")]
     weights = [contrast for contrasts in everything for contrast in contrasts.values()]

@@ -59,9 +59,11 @@ __all__ = [
     "effects",
     "frame",
     "load",
+    "outcomes",
     "paper_differences",
     "repairs",
     "run",
+    "steps",
     "usf_advantage",
 ]
 
@@ -274,6 +276,15 @@ def differences(condition: str = "library") -> dict[str, Weights]:
     return {variant: usf_advantage(condition, variant) for variant in VARIANTS if variant != BASE}
 
 
+def steps(condition: str = "library") -> dict[str, Weights]:
+    """The paper's two steps and their sum: the coupling replaced, LU added, both (section 5.3)."""
+    return {
+        "additive": usf_advantage(condition, "additive"),
+        "LU added": usf_advantage(condition, USF, "additive"),
+        "together": usf_advantage(condition),
+    }
+
+
 def repairs(variants: Sequence[str] = VARIANTS) -> dict[str, Weights]:
     """Each repair minus the library's own way, for each variant: ``"affine, score"``, ..."""
     return {
@@ -349,6 +360,43 @@ def _sd(values: Sequence[float]) -> float:
     """Sample standard deviation."""
     mean = sum(values) / len(values)
     return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
+
+
+def outcomes(table: pd.DataFrame) -> list[str]:
+    """What does the work, and does it survive the repairs? A sentence for each detector and level that was run.
+
+    Args:
+        table: from :func:`frame`.
+    """
+    from usf.study.paper import DETECTORS
+
+    said = []
+    for detector, level in itertools.product(DETECTORS, ("image", "pixel")):
+        own = table[table["detector"] == detector]
+        if len(own) and (sentence := _outcome(own, level)):
+            said.append(f"{DETECTORS[detector]}, {level} AUROC: {sentence}")
+    return said
+
+
+def _outcome(own: pd.DataFrame, level: str) -> str:
+    """Of one detector; empty where no class has both steps."""
+    found = effects(own, steps(), level).dropna(subset=["estimate"])
+    by_class = found.pivot_table(index=CLASS, columns="effect", values="estimate", sort=False)
+    by_class = by_class.reindex(columns=list(steps())).dropna()
+    if by_class.empty:
+        return ""
+    parts = [f"{name} " + ", ".join(f"{value:+.1f}" for value in by_class[name]) for name in steps()]
+    sentence = f"{'; '.join(parts)} ({', '.join(category for _, category, _ in by_class.index)})."
+    repaired = {name: usf_advantage(name) for name in CONDITIONS if name != "library"}
+    ways = effects(own, repaired, level).dropna(subset=["estimate"])
+    kept = []
+    for (dataset, category, _), total in by_class["together"].items():
+        values = ways.loc[(ways["dataset"] == dataset) & (ways["category"] == category), "estimate"]
+        if len(values):
+            kept.append(f"{int((values * total > 0).sum())} of {len(values)} on {category}")
+    if kept:
+        sentence += f" Together keeps its sign under the repairs that were run: {', '.join(kept)}."
+    return sentence
 
 
 def paper_differences() -> pd.DataFrame:
