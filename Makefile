@@ -21,6 +21,8 @@ WORKFLOW_STAMP := .venv-workflow/.usf-setup
 CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md) book/appendix-reproducibility.md
 NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
 RUNS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(wildcard book/runs/*.md))
+# Folders of build/ with records that only trainings can make again; `make clean` keeps these and deletes the rest.
+RECORDS := ablation alarms benchmark hybrid limits mixtures rescoring stability uncounted
 # Where `make publish` finds what `make book` left for download.
 PORTABLE := _build/html/_sources/book
 
@@ -104,6 +106,6 @@ lock: $(STAMP) ## resolve both locks anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
 	  workflow/requirements.in -o workflow/requirements.lock
 
-clean: ## remove what was generated (not .venv, and not the records of a benchmark in build/benchmark)
+clean: ## remove what was generated (not .venv, and not the records of studies in build/)
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .snakemake
-	@test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name benchmark -exec rm -rf {} +
+	@test ! -d build || find build -mindepth 1 -maxdepth 1 $(RECORDS:%=! -name %) -exec rm -rf {} +

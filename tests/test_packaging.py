@@ -162,6 +162,23 @@ def test_nothing_generated_is_committed() -> None:
     assert all(ignored(name) for name in ("build/x", "_build/x", ".venv/x", "src/usf/__pycache__/x"))
 
 
+def test_clean_keeps_the_records_of_every_study(tmp_path: Path) -> None:
+    """Records that are not merged yet are hours of training; the rest of build/ is made again in minutes."""
+    sources = [path.read_text("utf8") for path in (ROOT / "src" / "usf" / "study").rglob("*.py")]
+    studies = {name for source in sources for name in re.findall(r"paths\.build\(\"(\w+)\"", source)}
+    assert {"ablation", "benchmark", "rescoring"} <= studies
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text("utf8"), "utf8")
+    kept = [tmp_path / "build" / name / "book" / "a.json" for name in studies]
+    gone = [tmp_path / name for name in ("build/notebooks/a.ipynb", "build/a.html", "_build/html/a.html")]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert all(path.is_file() for path in kept)
+    assert not any(path.exists() for path in gone)
+    assert not (tmp_path / "build" / "notebooks").exists()
+
+
 def test_readme_example_runs() -> None:
     """The README's Python, run as a reader would run it."""
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf8"), re.M | re.S)
