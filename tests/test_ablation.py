@@ -217,6 +217,24 @@ def test_what_the_benchmark_has_on_record_is_not_trained_again(tmp_path: Path) -
     assert [resumed for *_, resumed in seen] == [False, False]
 
 
+def test_command_line_and_notebook_exclude_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anomalib", reason="needs the detectors extra")
+    from usf.study import jobs
+
+    notebook = (Path(__file__).resolve().parents[1] / "book" / "runs" / "ablation.md").read_text("utf8")
+    assert 'with jobs.hold(ablation.lock(where / "records", dataset, category, detector)):' in notebook
+    hold = jobs.hold
+    monkeypatch.setattr(jobs, "hold", lambda path: hold(path, wait=False))
+    arguments = ["run", "textures", "weave", "fastflow", "--profile", "smoke", "--weights", "random"]
+    for out in ([], ["--out", str(tmp_path / "records")]):
+        where = tmp_path if out else tmp_path / "build" / "ablation" / "smoke"
+        monkeypatch.setattr(ablation, "folder", lambda profile: tmp_path / "build" / "ablation" / profile)
+        with hold(ablation.lock(where / "records", "textures", "weave", "fastflow")):
+            with pytest.raises(BlockingIOError, match="held by another process"):
+                ablation.main([*arguments, *out])
+            assert not list((where / "records").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

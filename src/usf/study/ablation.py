@@ -59,6 +59,7 @@ __all__ = [
     "effects",
     "frame",
     "load",
+    "lock",
     "outcomes",
     "paper_differences",
     "repairs",
@@ -442,6 +443,14 @@ def folder(profile: str) -> Path:
     return paths.build("ablation", profile)
 
 
+def lock(out: Path, dataset: str, category: str, detector: str) -> Path:
+    """What whoever trains a cell into the folder of records ``out`` holds, command line and notebook alike.
+
+    It lies in that folder, so that two ways of naming one folder still keep each other out.
+    """
+    return out / ".locks" / f"{dataset}-{category}-{detector}.lock"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usf.study.ablation", description="The factorial of couplings, mixings and repairs."
@@ -534,7 +543,7 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
         print(f"{way}, {outcome.variant.name}, seed {outcome.seed}: {said}{note}", flush=True)
 
     out = given.out or folder(given.profile) / "records"
-    with hold(out / ".locks" / f"{given.dataset}-{given.category}-{given.detector}.lock"):
+    with hold(lock(out, given.dataset, given.category, given.detector)):
         records = run(
             cell,
             images,
