@@ -170,6 +170,24 @@ CUT = r"""() => {
   return [...new Set(cut)];
 }"""
 
+BROKEN_WORDS = r"""() => {
+  const broken = [];
+  for (const cell of document.querySelectorAll("article :is(td, th)")) {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      const node = walker.currentNode, range = document.createRange();
+      if (node.parentElement.closest("mjx-container, script, style")) continue;
+      for (const word of node.data.matchAll(/\p{L}{2,}/gu)) {
+        range.setStart(node, word.index);
+        range.setEnd(node, word.index + word[0].length);
+        const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+        if (lines.size > 1) broken.push(`${word[0]}, in: ${cell.textContent.trim().slice(0, 50)}`);
+      }
+    }
+  }
+  return broken;
+}"""
+
 CONTRAST = r"""selector => {
   const rgb = text => { const v = text.match(/[\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
   const luminance = c => {
@@ -192,7 +210,7 @@ CONTRAST = r"""selector => {
 
 @pytest.mark.parametrize("name", documents())
 def test_page(name: str, visit: Visit) -> None:
-    """Formulas are set, figures are there, nothing is wider than the window, and nothing leaves the page."""
+    """Formulas are set, figures are there, nothing is wider than its place, and nothing leaves the page."""
     page = visit.page
     visit.open(f"{name}.html")
     formulas = page.locator("article .math").count()
@@ -214,6 +232,8 @@ def test_page(name: str, visit: Visit) -> None:
         width = page.evaluate("() => document.documentElement.scrollWidth")
         assert width <= size["width"], f"the page is {width} px wide in a window of {size['width']} px"
         assert page.evaluate(CUT) == [], f"cut off, and not to be reached by scrolling, at {size['width']} px, {theme}"
+        broken = page.evaluate(BROKEN_WORDS)
+        assert broken == [], f"words of a table that do not fit their cells at {size['width']} px"
     visit.clean()
 
 
