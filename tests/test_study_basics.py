@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,15 @@ def test_every_claim_has_a_place_and_a_text() -> None:
     ):
         assert place in places
     assert all(claim.text and (claim.chapter is None) == (claim.title is None) for claim in claims)
+
+
+def test_a_status_counts_all_runs_and_names_no_zero() -> None:
+    claim = status.Claim("Section 6", "breaks", "12-where", "Where", "stability/runs.csv")
+    said = [
+        dataclasses.replace(claim, succeeded=succeeded, failed=failed).status
+        for succeeded, failed in ((98, 268), (1, 0), (0, 1))
+    ]
+    assert said == ["366 runs on record, 268 of them failed", "1 run on record", "1 run on record, failed"]
+    assert status.sentence([claim]) == "Each of the 1 claims has its chapter"
+    missing = dataclasses.replace(claim, chapter=None)
+    assert status.sentence([claim, missing]) == "Of the 2 claims, 1 has no chapter yet"

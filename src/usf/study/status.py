@@ -50,8 +50,20 @@ class Claim:
         if not self.succeeded + self.failed:
             # Files are there, but none of their rows is about this claim.
             return "no run on record" if "=" in self.records else "live run only, no records yet"
-        runs = f"{self.succeeded} run{'' if self.succeeded == 1 else 's'} on record"
-        return f"{runs}, {self.failed} failed" if self.failed else runs
+        count = self.succeeded + self.failed
+        runs = f"{count} run{'' if count == 1 else 's'} on record"
+        if not self.failed:
+            return runs
+        return f"{runs}, failed" if count == 1 else f"{runs}, {self.failed} of them failed"
+
+
+def sentence(rows: Iterable[Claim]) -> str:
+    """How many claims have a chapter, in words that need no zero."""
+    found = list(rows)
+    missing = sum(claim.chapter is None for claim in found)
+    if not missing:
+        return f"Each of the {len(found)} claims has its chapter"
+    return f"Of the {len(found)} claims, {missing} {'has' if missing == 1 else 'have'} no chapter yet"
 
 
 TRAINING = (
