@@ -90,7 +90,7 @@ def test_status_says_what_is_missing() -> None:
     assert status.Claim("Table 2", "text", **chapter, records="a.csv dataset=visa").status == "no run on record"
     assert status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=1).status == "1 run on record"
     claim = status.Claim("Figure 4", "text", **chapter, records="mixtures", succeeded=5, failed=2)
-    assert claim.status == "5 runs on record, 2 failed"
+    assert claim.status == "7 runs on record, 2 of them failed"
     assert "[Mixtures](07-gaussian-mixtures.html)" in status.markdown([claim])
 
 
