@@ -96,8 +96,9 @@ def test_engine_can_read_the_grid_without_torch() -> None:
 def record_of(training: Training, **changes: object) -> schema.Record:
     dataset, category, detector, coupling, mixing, seed = training.key
     return schema.example(
-        dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed, **changes
-    )
+        dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed,
+        **{"loss": "anomalib", **changes},
+    )  # fmt: skip
 
 
 def test_every_training_is_done_failed_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,3 +135,91 @@ def test_a_grid_that_is_done_is_a_success(tmp_path: Path) -> None:
     for training in grid.grid("textures").trainings:
         schema.write_records([record_of(training)], tmp_path / "records")
     assert grid.main(["status", "textures", "--folder", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "mle"},
+        {"train_layer_norm": False},
+        {"match_parameters": True},
+        {"diagonal": "learned"},
+        {"global_scale": False},
+        {"protocol": "paper"},
+        {"protocol": "trace", "epoch": 1},
+    ],
+    ids=str,
+)
+def test_a_training_of_another_study_is_not_the_grids(changes: dict[str, object], tmp_path: Path) -> None:
+    found = grid.grid("textures")
+    training = found.trainings[0]
+    schema.write_records([record_of(training, **changes)], tmp_path / "records")
+    assert grid.status(found, tmp_path)[0].status == "missing"
+    lost = record_of(training, **changes, status="failed", error="nan", settings="0" * 12)
+    schema.write_records([lost], tmp_path / "records")
+    schema.write_records([record_of(training)], tmp_path / "records")
+    assert grid.status(found, tmp_path)[0].status == "ok", "nor does its failure count"
+
+
+def test_a_short_training_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = grid.grid("textures/textures-weave-fastflow")
+    for training in found.trainings:
+        schema.write_records([record_of(training, epochs=6)], tmp_path / "records")
+    short = found.trainings[0]
+    schema.write_records([record_of(short, epochs=2, status="failed", error="nan")], tmp_path / "records")
+    assert {(row.status, row.epochs) for row in grid.status(found, tmp_path)} == {("ok", 6)}, "the longest run speaks"
+    assert grid.main(["status", "textures/textures-weave-fastflow", "--folder", str(tmp_path)]) == 0
+    assert "unlike" not in capsys.readouterr().out
+
+    (tmp_path / "records" / schema.file_name(record_of(short, epochs=6))).unlink()
+    assert grid.main(["status", "textures/textures-weave-fastflow", "--folder", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "unlike each other: textures-weave-fastflow: 1 of 2 epochs at 256 pixels" in said
+    assert "3 of 6 epochs" in said
+    with (tmp_path / "status.csv").open(newline="") as stream:
+        assert [row["epochs"] for row in csv.DictReader(stream)] == ["2", "6", "6", "6"]
+
+
+def test_merge_adds_to_what_is_on_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = grid.grid("textures").trainings[:2]
+    into = tmp_path / "committed" / "records.csv"
+    schema.write_records([record_of(first)], tmp_path / "a", settings={})
+    assert grid.main(["merge", str(tmp_path / "a"), "--into", str(into)]) == 0
+    schema.write_records([record_of(second)], tmp_path / "b", settings={})
+    assert grid.main(["merge", str(tmp_path / "b"), "--into", str(into)]) == 0
+    assert "1 trainings merged; 2 trainings in" in capsys.readouterr().out
+    assert len(schema.read(into)) == 2
+    assert schema.read_settings(into) == {record_of(first).settings: {}}
+    before = into.read_bytes()
+    assert grid.main(["merge", str(tmp_path / "b"), "--into", str(into)]) == 0
+    assert into.read_bytes() == before
+
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(SystemExit) as stopped:
+            grid.main(["merge", str(folder), "--into", str(into)])
+        assert stopped.value.code == 2
+        assert "no records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"epochs": "six"}, "epochs='six'"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"size": "-128"}, "size='-128'"),
+        ({"size": 1.5}, "size=1.5"),
+        ({"trace": "1 1"}, "trace='1 1'"),
+        ({"trace": "first"}, "trace='first'"),
+    ],
+    ids=str,
+)
+def test_parameters_that_are_no_numbers_are_named(parameters: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        grid.given(**parameters)
+
+
+def test_parameters_as_papermill_hands_them_over() -> None:
+    assert grid.given(epochs="", trace="", size="", loss="", stopping="") == {}
+    assert grid.given(epochs="6", size=128, trace=3) == {"epochs": 6, "size": 128, "trace": (3,)}
+    assert grid.given(trace="1 3-5", loss="mle") == {"trace": (1, 3, 4, 5), "loss": "mle"}

@@ -58,7 +58,8 @@ with jobs.hold(where / "locks" / f"{cell.name}.lock"):
     for training in cell.trainings:
         dataset, category, detector, coupling, mixing, seed = training.key
         record = schema.example(
-            dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed
+            dataset=dataset, category=category, detector=detector, coupling=coupling, mixing=mixing, seed=seed,
+            loss="anomalib",
         )
         if (where / "records" / schema.file_name(record)).exists():
             continue

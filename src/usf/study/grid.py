@@ -9,9 +9,10 @@ engine lives in an environment without torch.
 >>> len(paper.cells), len(paper.trainings)
 (81, 486)
 
-What is done, from the command line::
+What is done, from the command line, and how what was trained becomes part of the committed records::
 
     python -m usf.study.grid status paper --profile full
+    python -m usf.study.grid merge build/benchmark/full/records --into data/results/benchmark/records.csv
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from usf import paths
+
+if TYPE_CHECKING:
+    from usf.study.schema import Record
 
 __all__ = [
     "DETECTORS",
@@ -41,6 +46,8 @@ __all__ = [
     "Row",
     "Training",
     "Variant",
+    "counts",
+    "given",
     "grid",
     "status",
     "variants",
@@ -134,6 +141,36 @@ def whole_numbers(values: int | str | Sequence[int]) -> tuple[int, ...]:
     if not found or len(set(found)) != len(found):
         raise ValueError(f"seeds {values!r}: name at least one, and none twice")
     return tuple(found)
+
+
+def given(**parameters: Any) -> dict[str, Any]:
+    """Settings that the parameters of a notebook ask for; an empty one (``""``) is the profile's and is left out.
+
+    Args:
+        parameters: ``epochs`` and ``size`` are whole numbers, ``trace`` is read by :func:`whole_numbers`, others stay
+            as they are. Papermill hands over ``6`` as a number and ``"1 3 6"`` as text.
+
+    >>> given(epochs=6, trace="1 3 6", size="", stopping="paper")
+    {'epochs': 6, 'trace': (1, 3, 6), 'stopping': 'paper'}
+
+    Raises:
+        ValueError: a number that is none, or is below 1; names the parameter.
+    """
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if value == "":
+            continue
+        if name == "trace":
+            try:
+                value = whole_numbers(value)
+            except ValueError:
+                raise ValueError(f"trace={value!r}: give epochs, none twice, as in '1 3 6' or '5-10'") from None
+        elif name in ("epochs", "size"):
+            if not re.fullmatch(r"0*[1-9]\d*", str(value)):
+                raise ValueError(f"{name}={value!r}: give a whole number, at least 1, or '' for the profile's")
+            value = int(value)
+        found[name] = value
+    return found
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -273,11 +310,29 @@ def folder(profile: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """State of one training: ``"ok"``, ``"failed"`` with the reason, or ``"missing"``."""
+    """State of one training: ``"ok"``, ``"failed"`` with the reason, or ``"missing"``.
+
+    Attributes:
+        epochs, size, settings: of the record that says so (its columns, pixels); 0 and empty without one.
+    """
 
     training: Training
     status: str
     error: str = ""
+    epochs: int = 0
+    size: int = 0
+    settings: str = ""
+
+
+def counts(record: Record) -> bool:
+    """Whether a record is of a training as grids have them: the profile's way, and none of the ablation's.
+
+    That is the main protocol, the library's loss, a trained layer normalisation, coupling networks as they are, a fixed
+    diagonal and a global scale. Profiles have folders of their own. Epochs, size and the other settings may be changed
+    by hand, since what a machine can bear decides them: :func:`status` says which they were.
+    """
+    usual = record.train_layer_norm and record.global_scale and not record.match_parameters
+    return usual and (record.protocol, record.loss, record.diagonal) == ("main", "anomalib", "fixed")
 
 
 def _failures(where: Path) -> dict[str, str]:
@@ -293,7 +348,8 @@ def status(chosen: Grid, where: Path) -> list[Row]:
     """One row for each training of a grid, from the records of a profile's folder.
 
     A training without a record whose cell's job died counts as failed, with what the job said last: nothing that was
-    tried disappears.
+    tried disappears. Only records that :func:`counts` allows are looked at; of a training that was run with several
+    numbers of epochs or sizes, the longest run speaks, of equally long ones that with the largest images.
 
     Raises:
         RecordError: a record that does not fit the schema.
@@ -301,35 +357,48 @@ def status(chosen: Grid, where: Path) -> list[Row]:
     from usf.study import schema
 
     records = schema.read(where / "records") if (where / "records").is_dir() else []
-    outcomes: dict[tuple[str, str, str, str, str, int], tuple[str, str]] = {}
-    for record in records:
+    runs: dict[tuple[str, str, str, str, str, int], dict[tuple[Any, ...], list[Record]]] = {}
+    for record in filter(counts, records):
         key = (record.dataset, record.category, record.detector, record.coupling, record.mixing, record.seed)
-        # A training has a row for each score; it is whole only if every one is.
-        if outcomes.get(key, ("ok", ""))[0] == "ok":
-            outcomes[key] = (record.status, record.error)
+        runs.setdefault(key, {}).setdefault(record.training, []).append(record)
     failures = _failures(where / "failures")
     rows = []
     for cell in chosen.cells:
         for training in cell.trainings:
-            outcome = outcomes.get(training.key)
-            if outcome is None and cell.name in failures:
-                outcome = ("failed", f"the cell's job died: {failures[cell.name]}")
-            rows.append(Row(training, *(outcome or ("missing", ""))))
+            if found := runs.get(training.key):
+                own = max(found.values(), key=lambda run: (run[0].epochs, run[0].size, max(r.started for r in run)))
+                # A training has a row for each score; it is whole only if every one is.
+                worst = next((record for record in own if record.status != "ok"), own[0])
+                rows.append(Row(training, worst.status, worst.error, worst.epochs, worst.size, worst.settings))
+            elif cell.name in failures:
+                rows.append(Row(training, "failed", f"the cell's job died: {failures[cell.name]}"))
+            else:
+                rows.append(Row(training, "missing"))
     return rows
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:
     from usf.study.records import write_csv
 
-    columns = ("dataset", "category", "detector", "coupling", "mixing", "seed", "status", "error")
-    write_csv(path, [dict(zip(columns, (*r.training.key, r.status, r.error), strict=True)) for r in rows], columns)
+    columns = "dataset category detector coupling mixing seed status error epochs size settings".split()
+    values = [(*r.training.key, r.status, r.error, r.epochs or None, r.size or None, r.settings) for r in rows]
+    write_csv(path, [dict(zip(columns, row, strict=True)) for row in values], columns)
 
 
 def _report(chosen: Grid, rows: Sequence[Row]) -> Iterator[str]:
-    counts = Counter(row.status for row in rows)
+    numbers = Counter(row.status for row in rows)
     yield f"grid {chosen.name}: {len(rows)} trainings in {len(chosen.cells)} cells: " + ", ".join(
-        f"{counts[name]} {name}" for name in ("ok", "failed", "missing") if counts[name] or name == "ok"
+        f"{numbers[name]} {name}" for name in ("ok", "failed", "missing") if numbers[name] or name == "ok"
     )
+    # Runs of one cell that differ in length or size cannot be compared: a training that was cut short shows here.
+    for cell in chosen.cells:
+        trainings = set(cell.trainings)
+        own = Counter((r.epochs, r.size, r.settings) for r in rows if r.epochs and r.training in trainings)
+        if len(own) > 1:
+            said = (
+                f"{n} of {epochs} epochs at {size} pixels ({name})" for (epochs, size, name), n in sorted(own.items())
+            )
+            yield f"  unlike each other: {cell.name}: {', '.join(said)}"
     for row in rows:
         if row.status == "failed":
             training = row.training
@@ -337,8 +406,25 @@ def _report(chosen: Grid, rows: Sequence[Row]) -> Iterator[str]:
             yield f"  failed: {name} {training.variant.name} seed {training.seed}: {row.error}"
 
 
+def _merge(parser: argparse.ArgumentParser, source: Path, target: Path) -> int:
+    from usf.study import schema
+
+    try:
+        found = schema.read(source)
+        if not found:
+            raise FileNotFoundError(f"no records in {source}: run a cell of the benchmark, or give the right folder")
+        schema.merge(source, target)
+    except (FileNotFoundError, schema.RecordError) as error:
+        parser.error(str(error))
+    merged = {record.training for record in found}
+    total = {record.training for record in schema.read(target)}
+    print(f"{len(merged)} trainings merged; {len(total)} trainings in {target}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. ``status`` exits with 1 where a training failed or is missing."""
+    """The command line. ``status`` exits with 1 where a training failed or is missing, ``merge`` with 2 where
+    there is nothing to merge."""
     parser = argparse.ArgumentParser(prog="python -m usf.study.grid", description="The grid of the benchmark.")
     parts = parser.add_subparsers(dest="command", required=True)
     cells = parts.add_parser("cells", help="list the trainings of a grid, as CSV")
@@ -347,17 +433,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.add_argument("grid", help=f"{', '.join(GRIDS)}, or GRID/CELL")
     done.add_argument("--profile", default="full", help="smoke, book or full")
     done.add_argument("--folder", type=Path, help="where the records are; default build/benchmark/PROFILE")
-    given = parser.parse_args(arguments)
+    gather = parts.add_parser("merge", help="gather a folder of records into a CSV file, beside what is in it")
+    gather.add_argument("folder", type=Path, help="as build/benchmark/book/records")
+    gather.add_argument("--into", type=Path, help="by default data/results/benchmark/records.csv")
+    options = parser.parse_args(arguments)
+    if options.command == "merge":
+        return _merge(parser, options.folder, options.into or paths.results("benchmark", "records.csv"))
     try:
-        chosen = grid(given.grid)
+        chosen = grid(options.grid)
     except ValueError as error:
         parser.error(str(error))
-    if given.command == "cells":
+    if options.command == "cells":
         out = csv.writer(sys.stdout, lineterminator="\n")
         out.writerow(("dataset", "category", "detector", "coupling", "mixing", "seed"))
         out.writerows(training.key for training in chosen.trainings)
         return 0
-    where = given.folder or folder(given.profile)
+    where = options.folder or folder(options.profile)
     rows = status(chosen, where)
     _write(rows, where / "status.csv")
     if (where / "records").is_dir():
