@@ -54,7 +54,7 @@ def test_the_ablation_by_hand_and_again(tmp_path: Path) -> None:
     assert "36 of 36: frozen, gin-lu seed 1: image AUROC" in said
     assert "36 trainings on record" in said
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
-    assert sum("image/png" in output["data"] for output in pictures) == 2, "conditions and effects"
+    assert sum("image/svg+xml" in output["data"] for output in pictures) == 2, "conditions and effects"
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
     code, again = run(tmp_path, seeds="0 1")

@@ -39,9 +39,15 @@ def text(notebook: Any) -> str:
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
 
 
+def errors(notebook: Any) -> str:
+    """What was raised."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output["evalue"] for output in outputs if output["output_type"] == "error")
+
+
 def figures(notebook: Any) -> int:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return sum("image/png" in output.get("data", {}) for output in outputs)
+    return sum("image/svg+xml" in output.get("data", {}) for output in outputs)
 
 
 def test_one_cell_by_hand_and_again(tmp_path: Path) -> None:
@@ -64,6 +70,28 @@ def test_one_cell_by_hand_and_again(tmp_path: Path) -> None:
     assert text(again).count("on record before") == 2
     assert "Nothing was trained" in text(again)
     assert figures(again) == 0
+
+
+def test_what_the_profile_sets_can_be_changed(tmp_path: Path) -> None:
+    """The leaky protocol, with everything that the committed records need; and what is no setting is refused."""
+    changes = {"epochs": "2", "trace": "1 2", "stopping": "paper", "size": "32", "loss": "mle"}
+    code, notebook = run(tmp_path, variants="additive-lu", seeds="0", **changes)
+    assert code == 0, text(notebook)
+    records = schema.read(tmp_path / "records")
+    assert {(r.epochs, r.size, r.loss) for r in records} == {(2, 32, "mle")}
+    assert {(r.protocol, r.epoch) for r in records if r.protocol == "trace"} == {("trace", 1), ("trace", 2)}
+    assert {r.protocol for r in records} == {"paper", "trace"}
+    (rule,) = schema.read_settings(tmp_path / "records").values()
+    assert rule["stopping"]["rule"] == "paper"
+    assert "1 trainings on record" in text(notebook)
+
+    code, notebook = run(tmp_path, stopping="best")
+    assert code != 0
+    assert "stopping='best': choose one of" in errors(notebook)
+    code, notebook = run(tmp_path, size="100")
+    assert code != 0
+    assert "size=100: fastflow takes multiples of 16 pixels" in errors(notebook)
+    assert schema.read(tmp_path / "records") == records, "nothing was run"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "book" / "runs").glob("*.md")), ids=lambda path: path.stem)
