@@ -6,13 +6,16 @@ fibre, which a constant determinant caps at the mode of the base and an affine f
 many likelihoods are not finite.
 
 ``python -m usf.study.rescoring --help`` runs it; each training leaves one CSV file, written whole, and is not repeated.
+A training that diverges leaves one too: the rows of the epochs that it reached, and a last one that says what happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +53,7 @@ COLUMNS = [
     "category", "coupling", "mixing", "seed", "epoch", "epochs", "steps", "way", "image_auroc", "pixel_auroc",
     "max_log_prob", "max_log_prob_normal", "nonfinite", "loss", "loss_kind", "size", "batch_size", "fiber_batch_size",
     "train_images", "test_images", "parameters", "seconds", "weights_sha256", "manifest_sha256", "settings_hash",
-    "revision",
+    "revision", "status", "error",
 ]
 # fmt: on
 
@@ -80,8 +83,14 @@ class Rescoring:
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """Of the training, for a person; not everything that it depends on, see :func:`run`."""
         return f"{self.coupling}-{self.mixing}-{self.loss_kind}-seed{self.seed}-epochs{self.epochs}"
+
+    def hash(self, fiber_batch_size: int) -> str:
+        """Of all settings."""
+        return records.settings_hash(
+            dataclasses.asdict(self) | {"fiber_batch_size": fiber_batch_size, "layers": LAYERS}
+        )
 
 
 def ceiling() -> float:
@@ -157,6 +166,22 @@ def _test_latents(model: DetectorModel, features: Features) -> Latents:
     )
 
 
+IDENTITY = ("category", "settings_hash", "weights_sha256", "manifest_sha256", "train_images", "test_images")
+"""Columns that name a training: the class, all settings, the backbone's weights, the images and how many of them."""
+
+
+def _names(path: Path) -> list[dict[str, str]]:
+    """:data:`IDENTITY` of each row of a file, as text: a hash may look like a number."""
+    with path.open(newline="", encoding="utf8") as stream:
+        return [{name: row[name] for name in IDENTITY} for row in csv.DictReader(stream)]
+
+
+def _on_file(folder: Path) -> dict[tuple[str, ...], Path]:
+    """Training -> its file, by what the rows say, whatever the file is called."""
+    files = sorted(folder.glob("*.csv")) if folder.is_dir() else []
+    return {tuple(names.values()): path for path in files for names in _names(path)}
+
+
 def run(
     images: ImageFolder,
     settings: Sequence[Rescoring],
@@ -170,15 +195,21 @@ def run(
 ) -> list[Path]:
     """Train what has no file yet, and write one file of rows for each training.
 
+    Another setting, other weights or other images are another training, with a file of its own. A training whose loss
+    is not finite has a file that ends with a row of ``status`` failed, and is not tried again while that file is there.
+
     Args:
         images: a class.
         settings: one for each training, all of one size.
-        folder: of the files, ``CLASS-NAME.csv``.
+        folder: of the files, ``CLASS-NAME-HASH.csv``.
         weights: of the ResNet-18, see :func:`usf.detectors.backbones.resolve`.
         cache: of the features; ``None`` keeps them in memory.
         fiber_batch_size: fibres per optimiser step.
         progress: show bars.
         say: receives one line for each training.
+
+    Returns:
+        the files, one for each of ``settings``, old and new.
 
     Raises:
         ValueError: settings of more than one size.
@@ -186,13 +217,18 @@ def run(
     from usf.detectors import FlowOptions, backbones
     from usf.study.features import cache_key
 
-    targets = [(setting, folder / f"{images.name}-{setting.name}.csv") for setting in settings]
-    waiting = [(setting, path) for setting, path in targets if not path.is_file()]
     if len(sizes := {setting.size for setting in settings}) != 1:
         raise ValueError(f"settings of sizes {sorted(sizes)}: one size at a time, for they share their features")
+    (size,) = sizes
+    chosen = backbones.resolve(weights, backbone="resnet18", layers=LAYERS, announce=None)
+    known, targets = _on_file(folder), []
+    shown = (chosen.sha256[:12], images.manifest.sha256[:12], str(len(images.train)), str(len(images.test)))
+    for setting in settings:
+        own = (setting.hash(fiber_batch_size), *shown)
+        named = folder / f"{images.name}-{setting.name}-{records.settings_hash(own)}.csv"
+        targets.append((setting, known.get((images.name, *own), named)))
+    waiting = [(setting, path) for setting, path in targets if not path.is_file()]
     if waiting:
-        (size,) = sizes
-        chosen = backbones.resolve(weights, backbone="resnet18", layers=LAYERS, announce=None)
         backbone = backbones.build(chosen)
         train, test = (
             extract(backbone, files, size, cache=cache, key=cache_key(chosen), progress=progress)
@@ -220,10 +256,9 @@ def run(
             "parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
             "weights_sha256": chosen.sha256[:12],
             "manifest_sha256": images.manifest.sha256[:12],
-            "settings_hash": records.settings_hash(
-                dataclasses.asdict(setting) | {"fiber_batch_size": fiber_batch_size, "layers": LAYERS}
-            ),
+            "settings_hash": setting.hash(fiber_batch_size),
             "revision": records.git_revision(),
+            "status": "ok",
         }
 
         def watch(
@@ -251,19 +286,26 @@ def run(
                 rows.append(shared | measured | {"way": way} | areas)
 
         started = time.perf_counter()
-        detection.fit(
-            model,
-            train,
-            epochs=setting.epochs,
-            batch_size=setting.batch_size,
-            seed=setting.seed,
-            watch=watch,
-            progress=progress,
-            label=f"CFlow {setting.coupling} {setting.mixing} seed {setting.seed}",
-        )
+        try:
+            detection.fit(
+                model,
+                train,
+                epochs=setting.epochs,
+                batch_size=setting.batch_size,
+                seed=setting.seed,
+                watch=watch,
+                progress=progress,
+                label=f"CFlow {setting.coupling} {setting.mixing} seed {setting.seed}",
+            )
+        except detection.NotFiniteError as error:
+            failure = {"status": "failed", "error": " ".join(str(error).split()), "epoch": error.epoch}
+            rows.append(shared | failure | {"steps": error.steps, "seconds": time.perf_counter() - started})
+            said = f"failed: {error}"
+        else:
+            last = {row["way"]: row["image_auroc"] for row in rows if row["epoch"] == setting.epochs}
+            said = f"image AUROC {last}"
         records.write_csv(path, rows, COLUMNS, digits=5)
-        last = {row["way"]: row["image_auroc"] for row in rows if row["epoch"] == setting.epochs}
-        say(f"{path.stem}: {time.perf_counter() - started:.0f} s, image AUROC {last}")
+        say(f"{path.stem}: {time.perf_counter() - started:.0f} s, {said}")
     return [path for _, path in targets]
 
 
@@ -273,71 +315,157 @@ def gather(folder: Path, out: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: no file in ``folder``.
     """
-    files = sorted(folder.glob("*.csv"))
-    if not files:
+    known = _on_file(folder)
+    if not known:
         raise FileNotFoundError(f"no records in {folder}: run python -m usf.study.rescoring first")
-    rows = [row for path in files for row in records.read_csv(path)]
+    rows = []
+    for path in sorted(set(known.values())):
+        for names, row in zip(_names(path), records.read_csv(path), strict=True):
+            if known[tuple(names.values())] == path:  # once, where two files have it
+                # Files from before a training could fail have no column that says so.
+                hashes = {name: value for name, value in names.items() if name.endswith(("hash", "sha256"))}
+                rows.append({"status": "ok", "error": None} | row | hashes)
     records.write_csv(out, rows, COLUMNS, digits=5)
     records.write_json(out.with_suffix(".json"), records.provenance(("torch", "anomalib", "timm")))
     return rows
 
 
-_TRAINING = ["category", "coupling", "epochs", "seed"]
+_TRAINING = ["category", "coupling", "mixing", "loss_kind", "size", "batch_size", "epochs", "seed"]
+"""Columns that tell trainings apart."""
+
+
+def _parts(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows that were measured in trainings that reached their last epoch, one row for each training that failed)."""
+    if "status" not in rows:  # records from before a training could fail
+        return rows, rows[:0]
+    failed = rows[rows["status"] == "failed"]
+    lost = pd.MultiIndex.from_frame(failed[_TRAINING])
+    return rows[~pd.MultiIndex.from_frame(rows[_TRAINING]).isin(lost)], failed
 
 
 def summary(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(mean image AUROC in per cent after the last epoch, a row a way; the largest log-likelihoods).
 
+    Means are over seeds. Both are of trainings that reached their last epoch; where one failed, the second table counts
+    them. Models are told apart by class, flow and epochs, and by loss, size and batch where there are several.
+
     Args:
         rows: as :func:`gather` writes them.
     """
-    last = rows[rows["epoch"] == rows["epochs"]]
-    areas = 100 * last.pivot_table(
-        values="image_auroc", index="way", columns=["category", "coupling", "epochs"], sort=False
-    )
-    one = rows[rows["way"] == "log_prob"]
-    groups = one.groupby(_TRAINING[:-1], sort=False)
+    whole, failed = _parts(rows)
+    flow = rows["coupling"] + rows["mixing"].map({"lu": " + LU", "permutation": ""})
+    several = [name for name in ("loss_kind", "size", "batch_size") if rows[name].nunique() > 1]
+    names = ["category", "flow", *several, "epochs"]
+    whole, failed = whole.assign(flow=flow[whole.index]), failed.assign(flow=flow[failed.index])
+    last = whole[whole["epoch"] == whole["epochs"]]
+    areas = 100 * last.pivot_table(values="image_auroc", index="way", columns=names, sort=False)
+    one = whole[whole["way"] == "log_prob"]
+    groups = one.groupby(names, sort=False)
     first, final = (
-        part.groupby(_TRAINING[:-1], sort=False)["max_log_prob"].max()
+        part.groupby(names, sort=False)["max_log_prob"].max()
         for part in (one[one["epoch"] == 1], one[one["epoch"] == one["epochs"]])
     )
     fibres = {"seeds": groups["seed"].nunique(), "first epoch": first, "last epoch": final}
-    return areas, pd.DataFrame(fibres | {"not finite": groups["nonfinite"].sum()}).reset_index()
+    table = pd.DataFrame(fibres | {"not finite": groups["nonfinite"].sum()})
+    if len(failed):
+        lost = failed.groupby(names)["seed"].nunique()
+        table = table.reindex(table.index.union(lost.index, sort=False))
+        table = table.assign(failed=lost.reindex(table.index))
+        for name in ("seeds", "not finite", "failed"):
+            table[name] = table[name].fillna(0).astype(int)
+    return areas, table.reset_index()
+
+
+def _rests(trainings: pd.DataFrame) -> str:
+    """``"6 trainings (3 classes, 2 flows, 1 seed)"``: on what a sentence rests.
+
+    Args:
+        trainings: one row for each, with the columns that tell them apart.
+    """
+    kinds = {
+        "class": trainings["category"].nunique(),
+        "flow": len(trainings[["coupling", "mixing"]].drop_duplicates()),
+        "seed": trainings["seed"].nunique(),
+    }
+    return f"{_many(len(trainings), 'training')} ({', '.join(_many(n, name) for name, n in kinds.items())})"
+
+
+def _many(count: int, name: str) -> str:
+    """``"1 seed"``, ``"2 classes"``."""
+    return f"{count} {name}" + ("" if count == 1 else "es" if name.endswith("s") else "s")
+
+
+def _combining(change: pd.Series) -> str:
+    """H4's verdict: one to three points were predicted, of either sign, and not tens.
+
+    Args:
+        change: percent points, one a training.
+    """
+    mean, most = change.abs().mean(), change.abs().max()
+    if most >= 10:
+        size = "against the prediction, tens of points"
+    elif most > 3:
+        size = "more than the predicted one to three points, but not tens"
+    elif mean < 1:
+        size = "less than the predicted one to three points"
+    else:
+        size = "as predicted, one to three points"
+    either = change.min() < 0 < change.max()
+    return size + (", of either sign, as predicted" if either else ", of one sign, where either was predicted")
 
 
 def outcomes(rows: pd.DataFrame) -> dict[str, str]:
-    """What came of the hypotheses H1 to H4 in ``book/predictions.md``, a sentence each; empty without rows."""
+    """What came of the hypotheses H1 to H4 in ``book/predictions.md``, a sentence each, with the number of trainings
+    that it rests on; a hypothesis without a training that says anything about it is missing."""
     if rows.empty:
         return {}
-    last = rows[rows["epoch"] == rows["epochs"]]
-    areas = 100 * last.pivot_table(values="image_auroc", index=_TRAINING, columns="way")
-    stock = areas[[way for way in WAYS if way.startswith("stock")]]
-    apart = float((stock.max(axis=1) - stock.min(axis=1)).max())
-    one = rows[(rows["way"] == "stock, batches of 32") & (rows["coupling"] == "affine")].sort_values("epoch")
-    grown = one.groupby(_TRAINING)["max_log_prob"].agg(lambda values: values.iloc[-1] - values.iloc[0])
-    fallen = one.groupby(_TRAINING)["image_auroc"].agg(lambda values: 100 * (values.max() - values.iloc[-1]))
-    pixels = []
-    for name, coupling in (("affine", "affine"), ("uniformly scaling", "additive")):
-        own = rows[(rows["way"] == "log_prob") & (rows["coupling"] == coupling)].sort_values("epoch")
-        change = own.groupby(_TRAINING)["pixel_auroc"].agg(lambda values: 100 * (values.iloc[-1] - values.iloc[0]))
-        if len(change):
-            pixels.append(f"the {name} model changes by {change.min():+.1f} to {change.max():+.1f}")
-    count = int(rows[rows["way"] == "log_prob"]["nonfinite"].sum())
-    combined = (areas["sum of probabilities"] - areas["log_prob"]).abs()
-    return {
-        "H1": f"the ways of batching differ by {apart:.1f} points at most: "
-        + ("as predicted, not the cause here" if apart <= 5 else "against the prediction, a cause"),
-        "H2": f"from the first epoch to the last the affine model's likeliest fibre gains {grown.min():.2f} to "
-        f"{grown.max():.2f} nats per channel; its image AUROC ends {fallen.max():.1f} points below its best "
-        f"epoch, at most. In pixel AUROC of the log-likelihood {', '.join(pixels)} points",
-        "H3": f"{count or 'no'} likelihoods that are not finite",
-        "H4": f"the two ways of combining layers differ by {combined.mean():.1f} points on average, by "
-        f"{combined.max():.1f} at most",
-    }
+    whole, failed = _parts(rows)
+    last = whole[whole["epoch"] == whole["epochs"]]
+    found = {}
+    areas = pd.DataFrame(columns=list(WAYS))
+    if last["image_auroc"].notna().any():
+        areas = 100 * last.pivot_table(values="image_auroc", index=_TRAINING, columns="way").reindex(columns=list(WAYS))
+        stock = areas[[way for way in WAYS if way.startswith("stock")]]
+        apart = float((stock.max(axis=1) - stock.min(axis=1)).max())
+        found["H1"] = (
+            f"over {_rests(areas.reset_index())}, the ways of batching differ by {apart:.1f} points at most: "
+            + ("as predicted, not the cause here" if apart <= 5 else "against the prediction, a cause")
+        )
+    one = whole[(whole["way"] == "stock, batches of 32") & (whole["coupling"] == "affine")].sort_values("epoch")
+    if len(one):
+        grown = one.groupby(_TRAINING)["max_log_prob"].agg(lambda values: values.iloc[-1] - values.iloc[0])
+        fallen = one.groupby(_TRAINING)["image_auroc"].agg(lambda values: 100 * (values.max() - values.iloc[-1]))
+        pixels = []
+        for name, coupling in (("affine", "affine"), ("uniformly scaling", "additive")):
+            own = whole[(whole["way"] == "log_prob") & (whole["coupling"] == coupling)].sort_values("epoch")
+            change = own.groupby(_TRAINING)["pixel_auroc"].agg(lambda values: 100 * (values.iloc[-1] - values.iloc[0]))
+            if len(change):
+                pixels.append(f"the {name} model changes by {change.min():+.1f} to {change.max():+.1f} points")
+                pixels[-1] += f" ({_many(len(change), 'training')})"
+        found["H2"] = (
+            f"over {_rests(grown.reset_index())}, from the first epoch to the last the affine model's likeliest fibre "
+            f"gains {grown.min():.2f} to {grown.max():.2f} nats per channel; its image AUROC ends {fallen.max():.1f} "
+            f"points below its best epoch, at most. In pixel AUROC of the log-likelihood {', '.join(pixels)}"
+        )
+    # All rows: those of a training that failed are about the epochs that it reached.
+    count = int(rows.loc[rows["way"] == "log_prob", "nonfinite"].sum())
+    trainings = rows[_TRAINING].drop_duplicates()
+    found["H3"] = f"over {_rests(trainings)}, {count or 'no'} likelihoods that are not finite, and " + (
+        f"{_many(len(failed), 'training')} broke off at a loss that is not" if len(failed) else "none broke off"
+    )
+    found["H3"] += ": against the prediction" if count or len(failed) else ": as predicted"
+    change = (areas["sum of probabilities"] - areas["log_prob"]).dropna()
+    if len(change):
+        found["H4"] = (
+            f"over {_rests(change.reset_index())}, adding probabilities instead of log-likelihoods changes the image "
+            f"AUROC by {change.min():+.1f} to {change.max():+.1f} points, {change.abs().mean():.1f} in absolute value "
+            f"on average: {_combining(change)}"
+        )
+    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Exits with 1 where a training failed."""
     parser = argparse.ArgumentParser(prog="python -m usf.study.rescoring", description="Train CFlow, score it in ways.")
     parser.add_argument("images", type=Path, nargs="?", help="folder of a class, in MVTec layout")
     parser.add_argument("--variants", nargs="+", default=["affine-permutation", "additive-lu"])
@@ -351,6 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gather", type=Path, help="write all files of --out into this one")
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args(arguments)
+    files = []
     if given.images:
         settings = [
             Rescoring(
@@ -364,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for seed in given.seeds
             for variant in given.variants
         ]
-        run(
+        files = run(
             read(given.images),
             settings,
             given.out,
@@ -374,7 +503,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if given.gather:
         gather(given.out, given.gather)
+    return int(any(row.get("status") == "failed" for path in files for row in records.read_csv(path)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
