@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from usf.study import predictions
+from usf.study import predictions, schema
 from usf.study.schema import Record, example
 
 FLOWS = {"base": ("affine", "permutation"), "usf": ("additive", "lu")}
@@ -55,6 +56,22 @@ def test_h5_either_way(change: dict[tuple[str, str], float], verdict: str, expec
     assert len(said) == 2
     assert verdict in said[0]
     assert expected in said[0]
+
+
+def test_the_likelihoods_runs_are_those_of_both_studies(tmp_path: Path) -> None:
+    stock = {key: value for key, value in LOSS.items() if key[1] == "anomalib"}
+    own, other = _runs({("base", "mle"): 0.88}), _runs({("usf", "mle"): 0.90})
+    elsewhere, leaky = _runs({("usf", "mle"): 0.5}, detector="fastflow"), _runs({("usf", "mle"): 0.5}, protocol="paper")
+    written = [*other, *elsewhere]
+    for training in {record.training for record in written}:
+        schema.write_records([record for record in written if record.training == training], tmp_path / "ablation")
+    benchmark = [*_runs(stock), *own]
+    assert predictions.likelihood_runs(benchmark, tmp_path / "nowhere") == schema.latest(own)
+    found = predictions.likelihood_runs(benchmark, tmp_path / "ablation")
+    assert found == schema.latest([*own, *other])
+    assert predictions.likelihood_runs([*benchmark, *other, *leaky], tmp_path / "ablation") == found, "none twice"
+    row = predictions.losses([*_runs(stock), *found]).set_index("level").loc["image"]
+    assert (row["seeds"], row["gain_mle"]) == (2, pytest.approx(2.0))
 
 
 def test_flows_take_the_score_that_is_asked_for() -> None:

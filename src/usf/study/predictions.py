@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from usf.study import statistics
+from usf import paths
+from usf.study import schema, statistics
 from usf.study.paper import DETECTORS
 from usf.study.schema import TRAINING, Record
 from usf.study.tables import METRIC, SPREAD_FLOOR, VARIANTS, model_order, select
@@ -19,7 +21,7 @@ from usf.study.tables import METRIC, SPREAD_FLOOR, VARIANTS, model_order, select
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LARGE", "flows", "losses", "outcomes", "spreads"]
+__all__ = ["LARGE", "flows", "likelihood_runs", "losses", "outcomes", "spreads"]
 
 LARGE = 5.0
 """Percent points of image AUROC that would have changed our mind, as the page of predictions says."""
@@ -44,6 +46,26 @@ def _values(records: Sequence[Record], metric: str) -> dict[int, float]:
 def _about(record: Record, level: str) -> dict[str, Any]:
     names = ("detector", "dataset", "category", "epochs")
     return {name: getattr(record, name) for name in names} | {"level": level}
+
+
+def likelihood_runs(records: Iterable[Record], folder: Path | None = None) -> list[Record]:
+    """What H5 needs beside the library's loss: U-Flow's trainings with the likelihood, wherever they are on record.
+
+    The ablation trains them, and keeps them in a folder of its own.
+
+    Args:
+        records: of the benchmark, in all losses and protocols.
+        folder: of the ablation's records, by default ``data/results/ablation``; one that does not exist has none.
+
+    Returns:
+        the rows of both with the main protocol, in all scores; of a training that is in both, the later row.
+
+    Raises:
+        RecordError: a record of the ablation that does not fit the schema.
+    """
+    folder = paths.results("ablation") if folder is None else folder
+    both = [*records, *(schema.read(folder) if folder.is_dir() else [])]
+    return schema.latest(select(both, detector="uflow", loss="mle", protocol="main"))
 
 
 def losses(records: Iterable[Record], score: str = "anomalib") -> pd.DataFrame:
