@@ -449,13 +449,27 @@ def test_comparison_pairs_classes_and_knows_what_it_cannot_say() -> None:
     row = table.loc["image"]
     assert (row["classes"], row["runs"]) == (2, 12)
     assert row["difference"] == pytest.approx(5.0)
-    assert row["low"] < 5 < row["high"]
+    assert (row["low"], row["high"]) == pytest.approx((5, 5)), "every seed has the same difference"
     assert row["improvement"] == 1.0
     assert row["ratio"] == pytest.approx(1.0)
     single = table.loc["pixel"]
     assert single["difference"] == pytest.approx(0.0)
     assert single[["low", "class_low", "improvement", "ratio"]].isna().all()
     assert tables.comparison(cells, "gin + LU").empty
+
+
+def test_other_seeds_are_paired_seed_by_seed_over_all_classes() -> None:
+    base = {0: 80.0, 1: 90.0, 2: 70.0}
+    gains = {"bottle": {0: 1.0, 1: 3.0, 2: 5.0, 3: 9.0}, "pill": {0: 3.0, 1: 5.0, 2: 7.0}}
+    cells = {}
+    for category, gain in gains.items():
+        usf = {seed: base.get(seed, 0.0) + value for seed, value in gain.items()}
+        for variant, runs in {"affine": base, "additive + LU": usf}.items():
+            cells["mvtec", category, "fastflow", variant] = tables.Cell(tuple(runs.values()), tuple(runs))
+    row = tables.comparison({"image": cells}).iloc[0]
+    # The seeds that every class has of both: 2, 4, 6 on average over the classes, standard error 2 / sqrt(3).
+    half = 4.303 * 2 / 3**0.5
+    assert (row["low"], row["high"]) == pytest.approx((4 - half, 4 + half), abs=1e-2)
 
 
 def test_varied_pairs_settings_that_differ_in_one_thing() -> None:

@@ -77,7 +77,8 @@ def class_changes(table: pd.DataFrame, what: str = "mean") -> Figure:
     """Figure 7: change against the affine baseline, class by class, a row of panels a detector.
 
     Grey circles and the bar, their mean: the paper's classes of MVTec AD, as far as its tables and its text give them.
-    Squares: classes measured here, one marker a class; of the mean with Student's interval over seeds.
+    Squares: classes measured here, one marker a class; of the mean with Student's interval over seeds. Where seeds
+    have no difference because a run failed, the margin says how many.
 
     Args:
         table: from :func:`usf.study.ablation.effects` with :func:`usf.study.ablation.differences`, both levels
@@ -137,6 +138,10 @@ def _own(axis: Axes, part: pd.DataFrame, y: int, variant: str, column: str, clas
         if column == "estimate" and not np.isnan(row["low"]):
             axis.plot([row["low"], row["high"]], [place, place], color=color(variant), lw=1.0, alpha=0.7)
         axis.plot(row[column], place, MARKERS[number], color=color(variant), markerfacecolor=_face(variant), ms=4.5)
+    if lost := int(part["failed"].sum()):
+        axis.text(
+            0.985, y + 0.3, f"{lost} failed", transform=axis.get_yaxis_transform(), fontsize=8, ha="right", va="center"
+        )
 
 
 def _class_handles(classes: Sequence[tuple[str, str]]) -> list[Line2D]:
@@ -196,6 +201,7 @@ def conditions(table: pd.DataFrame, level: str = "image") -> Figure:
     """AUROC of every flow under every condition: a row of panels a detector, a column a class.
 
     Dots are runs, lines join means over seeds; lines that cross or fan out are interactions of a flow with a repair.
+    Conditions under which nothing was run have no place.
 
     Args:
         table: from :func:`usf.study.ablation.frame`.
@@ -211,7 +217,7 @@ def conditions(table: pd.DataFrame, level: str = "image") -> Figure:
     classes = _classes(own)
     shape = (max(4.2, 2.75 * len(classes)), 2.1 * len(detectors) + 0.7)
     figure, axes = plt.subplots(len(detectors), len(classes), figsize=shape, squeeze=False, sharex=True)
-    order = list(CONDITIONS)
+    order = [name for name in CONDITIONS if (own["condition"] == name).any()]
     for row, detector in zip(axes, detectors, strict=True):
         for axis, key in zip(row, classes, strict=True):
             part = own[(own["detector"] == detector) & (own["dataset"] == key[0]) & (own["category"] == key[1])]
@@ -222,10 +228,11 @@ def conditions(table: pd.DataFrame, level: str = "image") -> Figure:
                 runs = part[part["variant"] == variant]
                 x = runs["condition"].map(order.index) + 0.06 * (number - 2.5)
                 axis.plot(x, runs[level], ".", color=color(variant), ms=3.5, alpha=0.6)
-                means = runs.groupby("condition")[level].mean().reindex(order)
+                # What a detector does not have (CFlow's normalisation) is passed over, and the line goes on.
+                means = runs.groupby("condition")[level].mean().reindex(order).dropna()
                 style = "-" if variant.endswith("LU") else ":"
                 axis.plot(
-                    np.arange(len(order)) + 0.06 * (number - 2.5), means, style, color=color(variant), lw=1.3,
+                    means.index.map(order.index) + 0.06 * (number - 2.5), means, style, color=color(variant), lw=1.3,
                     marker="s", ms=3.5, markerfacecolor=_face(variant),
                 )  # fmt: skip
             low, high = np.nanmin([part[level].min(), 99.0]), np.nanmax([part[level].max(), 100.0])

@@ -391,9 +391,10 @@ def _outcome(own: pd.DataFrame, level: str) -> str:
     repaired = {name: usf_advantage(name) for name in CONDITIONS if name != "library"}
     ways = effects(own, repaired, level).dropna(subset=["estimate"])
     kept = []
-    for (dataset, category, _), total in by_class["together"].items():
+    for row in by_class.reset_index().to_dict("records"):
+        dataset, category, total = row["dataset"], row["category"], row["together"]
         values = ways.loc[(ways["dataset"] == dataset) & (ways["category"] == category), "estimate"]
-        if len(values):
+        if len(values) and abs(total) >= 0.05:  # what is printed as zero has no sign
             kept.append(f"{int((values * total > 0).sum())} of {len(values)} on {category}")
     if kept:
         sentence += f" Together keeps its sign under the repairs that were run: {', '.join(kept)}."

@@ -368,9 +368,10 @@ def comparison(
 
     Returns:
         one row for each detector and level with at least one class: ``classes``, ``runs`` (of both), ``difference``
-        (``variant`` minus ``base``, mean over classes, percent points) with an interval over seeds on these classes
-        (``low, high``; empty where a class has a single run) and Student's over classes (``class_low, class_high``;
-        empty for a single class), ``improvement`` with ``improvement_low, improvement_high``
+        (``variant`` minus ``base``, mean over classes, percent points) with Student's interval over the seeds that
+        every class has of both (``low, high``; a seed's mean over the classes is one value, so that it is about other
+        seeds on these classes; empty for fewer than two) and Student's over classes (``class_low, class_high``; empty
+        for a single class), ``improvement`` with ``improvement_low, improvement_high``
         (:func:`usf.study.statistics.improvement_interval`), ``ratio`` of the standard deviations with ``ratio_low,
         ratio_high`` and the permutation test's ``ratio_p`` (empty for fewer than two classes with two runs of each).
     """
@@ -393,15 +394,17 @@ def comparison(
             first, second = [list(cell.values) for cell, _ in pairs], [list(other.values) for _, other in pairs]
             row: dict[str, Any] = {"detector": detector, "level": level, "classes": len(pairs)}
             row["runs"] = sum(map(len, first)) + sum(map(len, second))
-            seeds = statistics.hierarchical_bootstrap(first, second, draw_classes=False, seed=seed)
-            row["difference"] = seeds.estimate
+            means = [a.mean - b.mean for a, b in pairs if a.mean is not None and b.mean is not None]
+            row["difference"] = statistics.mean(means).item()
+            by_seed = _by_seed(pairs)
+            if len(by_seed) > 1:
+                over = statistics.student_interval(by_seed)
+                row["low"], row["high"] = over.low, over.high
             if min(map(len, [*first, *second])) > 1:
-                row["low"], row["high"] = seeds.low, seeds.high
                 better = statistics.improvement_interval(first, second, seed=seed)
                 row["improvement"] = better.estimate
                 row["improvement_low"], row["improvement_high"] = better.low, better.high
             if len(pairs) > 1:
-                means = [a.mean - b.mean for a, b in pairs if a.mean is not None and b.mean is not None]
                 over = statistics.student_interval(means)
                 row["class_low"], row["class_high"] = over.low, over.high
             spreads = [(a, b) for a, b in pairs if a.sd is not None and b.sd is not None]
@@ -417,6 +420,13 @@ def comparison(
                 row["ratio_low"], row["ratio_high"] = test.ratio.low, test.ratio.high
             rows.append(row)
     return pd.DataFrame(rows, columns=names)
+
+
+def _by_seed(pairs: Sequence[tuple[Cell, Cell]]) -> list[float]:
+    """Difference of two models, mean over classes, for each seed that both have on every class."""
+    shared = set.intersection(*(set(cell.seeds) for pair in pairs for cell in pair))
+    values = [[dict(zip(cell.seeds, cell.values, strict=True)) for cell in pair] for pair in pairs]
+    return [statistics.fmean(first[seed] - second[seed] for first, second in values) for seed in sorted(shared)]
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
