@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 pytest.importorskip("timm", reason="needs the detectors extra")
 
+from usf import paths
 from usf.detectors import resolve
 from usf.detectors.backbones import Weights
 from usf.hybrid import FlowVAE
@@ -198,6 +200,39 @@ def test_weights_are_asked_for_with_the_stages_that_are_used(
     with pytest.raises(KeyboardInterrupt):
         hybrid.main(["--profile", profile])
     assert asked["layers"] == ("layer1", "layer2", "layer3", "layer4")[:stages]
+
+
+def test_the_committed_records_are_of_this_study() -> None:
+    options = hybrid.study("book")
+    table = records.read_csv(paths.results("hybrid", "runs.csv"))
+    origins = json.loads(paths.results("hybrid", "runs.json").read_text("utf8"))
+    main = [row for row in table if row["settings_hash"] == options.key()]
+    kinds = itertools.product([name for _, name in hybrid.SHARED], options.priors, options.seeds)
+    assert sorted((row["class"], row["prior"], row["seed"]) for row in main) == sorted(kinds)
+    assert len(main) == 27
+    for row in table:
+        assert set(row) == set(hybrid.COLUMNS)
+        assert row["status"] == "ok"
+        assert row["run"].endswith(row["settings_hash"])
+        settings = origins[row["run"]]["settings"]
+        assert (row["size"], row["steps"], row["lr"]) == (settings["model"]["size"], settings["steps"], settings["lr"])
+    for row in main:
+        assert (row["size"], row["steps"], row["lr"]) == (options.model.size, options.steps, options.lr)
+        # Those of this module's division, with the settings of the provenance.
+        count = row["trained"] + row["held"]
+        assert row["held"] == len(hybrid.divide(options, count, row["seed"]).held)
+        shared = json.loads(json.dumps(dataclasses.asdict(options)))
+        origin = origins[row["run"]]["settings"]
+        assert {**origin, "seeds": None, "priors": None} == {**shared, "seeds": None, "priors": None}
+
+    choice = records.read_csv(paths.results("hybrid", "choice", "rates.csv"))
+    rates = json.loads(paths.results("hybrid", "choice", "rates.json").read_text("utf8"))
+    for row in choice:
+        tried = dataclasses.replace(options, lr=row["lr"], choosing=True)
+        assert (row["status"], row["tested"], row["settings_hash"]) == ("ok", 0, tried.key())
+        assert row["run"] in rates
+        assert row["seed"] not in options.seeds
+    assert {(row["lr"], row["prior"]) for row in choice} >= {(options.lr, "usf"), (options.lr, "non-usf")}
 
 
 def test_the_full_profile_has_the_settings_of_the_papers_code() -> None:

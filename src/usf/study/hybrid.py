@@ -10,7 +10,7 @@ a training that breaks is a row with its reason. What is committed is gathered f
     python -m usf.study.hybrid --gather runs build/hybrid/KEY build/hybrid/OTHER_KEY
 
 The learning rate was chosen with ``--choose --lr RATE``, by the bound on a tenth of the training images, which are then
-not trained on; neither test images nor those of the calibration are looked at. ``choice.csv`` has what came of it.
+not trained on; neither test images nor those of the calibration are looked at. ``choice/rates.csv`` has it.
 """
 
 from __future__ import annotations
