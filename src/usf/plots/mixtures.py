@@ -26,6 +26,9 @@ Array = npt.NDArray[np.float64]
 NAMES = {"deep-svdd": "Deep SVDD", "non-usf": "NonUSFlow", "usf": "USFlow"}
 """Model -> its name in figures."""
 
+WIDTH = 8.0
+"""Inches of a figure with one column a dimension: a little wider than the page's column, so that type stays legible."""
+
 
 def _columns(points: Rows, model: str, dim: int, *names: str, choice: str = "val_loss") -> list[Array]:
     """Columns of one model's points, each (n,); empty arrays where the records hold none."""
@@ -149,20 +152,22 @@ def density_against_norm(points: Rows, trials: Rows | None = None) -> Figure:
     test set where ``trials`` is given.
     """
     dims = _dims(points)
-    figure, axes = plt.subplots(3, len(dims), figsize=(2.6 * len(dims) + 0.6, 7.2), squeeze=False, sharey="col")
+    figure, axes = plt.subplots(3, len(dims), figsize=(WIDTH, 6.6), squeeze=False, sharey="col")
     for row, model in enumerate(NAMES):
         for column, dim in enumerate(dims):
             axis = axes[row, column]
             norm, true = _columns(points, model, dim, "norm", "true")
             title = f"{_letter(row * len(dims) + column)} {NAMES[model]}, d = {dim}"
-            axis.set_title(title, fontsize=10)
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(length=2.5, labelsize=8)
+            axis.locator_params(nbins=4)
             if not len(norm):
                 axis.text(0.5, 0.5, "every trial failed", transform=axis.transAxes, ha="center")
                 continue
             axis.scatter(norm, true, s=5, color=COLORS[model], alpha=0.55, lw=0, rasterized=True)
             axis.set_xlim(*_shared_limits(norm))
             axis.set_ylim(*_shared_limits(true))
-            axis.set_title(f"{title}\n{_correlations(trials, points, model, dim)}", fontsize=10)
+            axis.set_title(f"{title}\n{_correlations(trials, points, model, dim)}", fontsize=9)
             if row == 2:
                 axis.set_xlabel("latent norm")
             if column == 0:
@@ -173,13 +178,15 @@ def density_against_norm(points: Rows, trials: Rows | None = None) -> Figure:
 def estimated_against_true(points: Rows, trials: Rows | None = None) -> Figure:
     """Figure 5: log-density of the model against the true one, one row a flow and one column a dimension."""
     dims, models = _dims(points), ("non-usf", "usf")
-    figure, axes = plt.subplots(2, len(dims), figsize=(2.6 * len(dims) + 0.6, 4.8), squeeze=False)
+    figure, axes = plt.subplots(2, len(dims), figsize=(WIDTH, 4.6), squeeze=False)
     for row, model in enumerate(models):
         for column, dim in enumerate(dims):
             axis = axes[row, column]
             estimated, true, number = _columns(points, model, dim, "estimated", "true", "trial")
             title = f"{_letter(row * len(dims) + column)} {NAMES[model]}, d = {dim}"
-            axis.set_title(title, fontsize=10)
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(length=2.5, labelsize=8)
+            axis.locator_params(nbins=4)
             if not len(true):
                 axis.text(0.5, 0.5, "every trial failed", transform=axis.transAxes, ha="center")
                 continue
@@ -190,7 +197,7 @@ def estimated_against_true(points: Rows, trials: Rows | None = None) -> Figure:
             axis.set_ylim(*_shared_limits(true, estimated))
             chosen = [r for r in trials or () if (r["model"], r["dim"], r["trial"]) == (model, dim, int(number[0]))]
             rank = chosen[0]["spearman_nll"] if chosen else alignment.spearman(-estimated, true)
-            axis.set_title(f"{title}\nρ = {rank:.3f}", fontsize=10)
+            axis.set_title(f"{title}\nρ = {rank:.3f}", fontsize=9)
             if row == 1:
                 axis.set_xlabel("true ln p (nats)")
             if column == 0:
@@ -206,7 +213,7 @@ def all_trials(trials: Rows, oracle: Rows, best: Rows) -> Figure:
     failed trials are counted, not dropped.
     """
     dims = [int(row["dim"]) for row in oracle]
-    figure, axes = plt.subplots(2, len(dims), figsize=(2.6 * len(dims) + 0.6, 5.2), squeeze=False)
+    figure, axes = plt.subplots(2, len(dims), figsize=(WIDTH, 5.2), squeeze=False)
     chosen = {(r["model"], r["dim"], r["trial"]) for r in best}
     for column, entry in enumerate(oracle):
         dim = int(entry["dim"])
@@ -228,14 +235,14 @@ def all_trials(trials: Rows, oracle: Rows, best: Rows) -> Figure:
         for axis in (upper, lower):
             axis.set_xscale("log")
         upper.margins(y=0.12)
-        upper.set_xlabel("test NLL - entropy (nats)")
-        lower.set_xlabel("one-class loss (validation)")
+        upper.set_xlabel("NLL - entropy (nats)")
+        lower.set_xlabel("one-class loss")
         lower.axhline(0, color=INK, lw=0.7, alpha=0.6)
         if column == 0:
             upper.set_ylabel("Spearman ρ")
             lower.set_ylabel("Spearman ρ")
-            upper.legend(loc="lower left", handletextpad=0.1)
-            lower.legend(loc="lower left", handletextpad=0.1)
+    (lower_dots, lower_names), (dots, names) = (axes[i, 0].get_legend_handles_labels() for i in (1, 0))
+    figure.legend(dots + lower_dots, names + lower_names, loc="outside upper center", ncols=3, handletextpad=0.1)
     return figure
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,6 +26,18 @@ def load(path: str | Path | None = None) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"no records at {path.name}: run benchmarks/flows.py")
     return pd.read_csv(path)
+
+
+def conditions(path: str | Path | None = None) -> dict[str, Any]:
+    """Under which conditions the records were measured: hardware, settings with the clock, versions.
+
+    Args:
+        path: JSON file; the one beside the committed records by default.
+    """
+    path = paths.results("benchmarks", "provenance.json") if path is None else Path(path)
+    found = json.loads(path.read_text("utf8"))
+    assert isinstance(found, dict)
+    return found
 
 
 def table(path: str | Path | None = None, architecture: str = "sandwich") -> pd.DataFrame:
