@@ -158,7 +158,20 @@ def test_normal_stopping_restores_the_best_weights(features: Features) -> None:
     )  # fmt: skip
     assert history.best_epoch + 2 == history.epochs or history.epochs == 30
     assert history.val[history.best_epoch - 1] == min(history.val)
-    assert detection.nll(detector, features) == pytest.approx(min(history.val), rel=1e-4)
+    assert detection.nll(detector, features, counted=True) == pytest.approx(min(history.val), rel=1e-4)
+
+
+def test_shrinking_the_features_is_no_gain_in_the_likelihood_that_stops(features: Features) -> None:
+    detector = build()
+    before = detection.nll(detector, features), detection.nll(detector, features, counted=True)
+    assert before[0] == pytest.approx(before[1]), "the scale starts at one"
+    with torch.no_grad():
+        for norm in detector.norms:
+            norm.weight.mul_(0.5)
+    left_out, counted = detection.nll(detector, features), detection.nll(detector, features, counted=True)
+    assert left_out < before[0]
+    assert counted - left_out == pytest.approx(math.log(2), rel=1e-4)
+    assert detector.loss_kind == "anomalib"
 
 
 def test_paper_stopping_selects_by_what_is_watched_and_says_so() -> None:

@@ -78,8 +78,8 @@ class FitHistory:
         initial_sha256: of the weights before the first step, see :func:`initial_digest`.
         losses: mean training loss of each epoch, in the detector's own units, measured while the weights change.
         train: the same as mean negative log-likelihood in nats per dimension, where the loss is one; else empty.
-        val: negative log-likelihood of the held-out normal features after each epoch, nats per dimension; empty
-            without them.
+        val: negative log-likelihood of the held-out normal features after each epoch, nats per dimension, the trained
+            scale of the layer normalisation counted whatever the loss; empty without them.
         watched: what ``watch`` returned after each epoch; empty without it.
         seconds: wall time, without what ``watch`` took.
         steps: optimiser steps.
@@ -227,19 +227,31 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def nll(model: DetectorModel, features: Features, *, batch_size: int = 32) -> float:
+def nll(model: DetectorModel, features: Features, *, batch_size: int = 32, counted: bool = False) -> float:
     """Mean negative log-likelihood of ``features`` under the flow, nats per dimension.
 
-    What counts as the flow follows the model's loss: under FastFlow's ``loss="anomalib"`` the layer normalisation
-    before the flow is not part of the density, under ``"mle"`` its trained scale is.
+    What counts as the flow follows the model's loss: under ``loss="anomalib"`` the layer normalisation before
+    FastFlow's and U-Flow's flow is not part of the density, under ``"mle"`` its trained scale is.
+
+    Args:
+        model: left in evaluation mode.
+        features: of any images.
+        batch_size: images at a time.
+        counted: count that scale whatever the loss. Then a model that only shrinks its features gains nothing.
     """
     model.eval()
     device = _device(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with torch.inference_mode():
-        for part in batches(len(features), batch_size):
-            latents = model.latents([level.to(device) for level in features.batch(part)])
-            total += (latents.energies() - latents.log_abs_det()).sum()
+    kind = model.loss_kind
+    try:
+        if counted:
+            model.loss_kind = "mle"
+        with torch.inference_mode():
+            for part in batches(len(features), batch_size):
+                latents = model.latents([level.to(device) for level in features.batch(part)])
+                total += (latents.energies() - latents.log_abs_det()).sum()
+    finally:
+        model.loss_kind = kind
     return float(total.item() / len(features) / features.dimension + 0.5 * math.log(2 * math.pi))
 
 
@@ -272,7 +284,8 @@ def fit(
             that ``watch`` returns, the image AUROC of the *test* images, higher is better: selection on test data, for
             comparison with numbers that were made so.
         patience: epochs.
-        val: features of normal images that are not trained on; their likelihood is measured after every epoch.
+        val: features of normal images that are not trained on; their likelihood is measured after every epoch, with the
+            trained scale before the flow counted: without it the value can fall while the model gets worse.
         watch: called after every epoch with the model and the history so far; what it returns is kept.
         progress: show a bar.
         label: the bar's title and the errors' first word; by default the detector's name.
@@ -325,7 +338,7 @@ def fit(
                 history.train.append(history.losses[-1] / features.dimension + 0.5 * math.log(2 * math.pi))
                 shown = {"nats/dim": f"{history.train[-1]:.3f}"}
             if val is not None:
-                history.val.append(nll(model, val))
+                history.val.append(nll(model, val, counted=True))
                 shown["held out"] = f"{history.val[-1]:.3f}"
             history.best_epoch = epoch
             history.seconds = time.perf_counter() - start - watching
