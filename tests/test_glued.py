@@ -37,7 +37,6 @@ def test_python_numbers_pass() -> None:
         ({"n": "np.int64(12)", "share": "12.5"}, "n"),
         ({"n": "12", "share": "tensor(12.5)"}, "share"),
         ({"n": "12", "share": "'much'"}, "share"),
-        ({"n": "12"}, "share"),
     ],
 )
 def test_what_the_book_cannot_format_is_named(values: dict[str, str], key: str) -> None:
