@@ -208,25 +208,32 @@ def gap_bars(losses: Mapping[str, float], entropy: float, bound: float, colors: 
 
 
 def latents_along_path(latents: Mapping[float, Tensor], log_density: Tensor, center: Tensor) -> Figure:
-    """Latents of the same points for falling weights of the log-determinant, all panels at one scale.
+    """Latents of the same points for falling weights of the log-determinant: at one scale, and below each at its own.
 
     Args:
         latents: weight -> latents (n, 2).
         log_density: true log-density of the points, (n,), nats: the colour.
         center: c, (2,).
     """
-    figure, axes = plt.subplots(1, len(latents), figsize=(1.9 * len(latents), 2.2), sharex=True, sharey=True)
+    figure, rows = plt.subplots(2, len(latents), figsize=(1.6 * len(latents), 3.7), sharey="row")
     shown = log_density.clamp_min(log_density.quantile(0.02))
-    for axis, (weight, z) in zip(axes, latents.items(), strict=True):
-        axis.scatter(*(z - center).T, c=shown, cmap=INNER_CMAP, s=4, linewidth=0, rasterized=True)
-        if weight > 0:
-            # Two standard deviations of the base that this weight stands for.
-            axis.add_patch(
-                Circle((0, 0), 2 * math.sqrt(weight / 2), fill=False, edgecolor=INK, linewidth=1.2, zorder=3)
-            )
-        axis.set(title=rf"$\lambda$ = {weight:g}", aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
-        axis.set_xticks([-2, 0, 2])
-        axis.set_yticks([-2, 0, 2])
+    for upper, lower, (weight, z) in zip(*rows, latents.items(), strict=True):
+        off = z - center
+        own = off.square().mean().sqrt().item()
+        for axis, scale in ((upper, 1.0), (lower, own)):
+            axis.scatter(*(off / scale).T, c=shown, cmap=INNER_CMAP, s=4, linewidth=0, rasterized=True)
+            if weight > 0:
+                # Two standard deviations of the base that this weight stands for, in a colour that is not the points'.
+                radius = 2 * math.sqrt(weight / 2) / scale
+                circle = Circle((0, 0), radius, fill=False, edgecolor=COLORS["other"], linewidth=1.8, zorder=3)
+                axis.add_patch(circle)
+        upper.set(title=rf"$\lambda$ = {weight:g}", aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
+        lower.set(aspect="equal", xlim=(-3.9, 3.9), ylim=(-3.9, 3.9))
+        for axis, tick in ((upper, 2), (lower, 3)):
+            axis.set_xticks([-tick, 0, tick])
+            axis.set_yticks([-tick, 0, tick])
+    rows[0, 0].set_ylabel("one scale")
+    rows[1, 0].set_ylabel("in units of its\nown std")
     return figure
 
 
