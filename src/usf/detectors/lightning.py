@@ -1,21 +1,30 @@
-"""What the Lightning models share: components, recorded choices, checkpoints with their backbone, metrics."""
+"""What the Lightning models share: components, recorded choices, checkpoints with their backbone, metrics, and an end
+to training where its numbers break."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.metrics import AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from torch import nn
+from torch import Tensor, nn
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import FlowOptions
+from usf.detectors.model import DetectorModel
 
 __all__ = ["BringsBackbone", "FlowDetector"]
+
+
+CHECK_EVERY = 64
+"""Batches after which training losses are looked at: each look waits for the device."""
 
 
 class BringsBackbone(AnomalibModule):
@@ -67,7 +76,12 @@ class FlowDetector(BringsBackbone):
 
     A constructor calls :meth:`begin`, sets what anomalib's constructor sets, calls :meth:`record`, and builds
     ``self.model`` from ``self.weights``. anomalib's constructor is not called: it would build the stock network first.
+
+    Training ends with a :exc:`FloatingPointError` when a loss is not finite, where anomalib goes on with weights that
+    are no numbers any more: within :data:`CHECK_EVERY` batches, and before anything is validated or saved as the best.
     """
+
+    model: DetectorModel
 
     def begin(
         self,
@@ -96,6 +110,7 @@ class FlowDetector(BringsBackbone):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self._losses: list[tuple[int, int, Tensor]] = []
         name = type(self).__name__
         if self.input_size is None:
             raise ValueError(f"{name} needs the input size: give a pre-processor with a Resize, or pre_processor=True")
@@ -133,6 +148,48 @@ class FlowDetector(BringsBackbone):
         # Only CFlow has a choice of layers; the others' are the default of ``resolve``.
         layers = {"layers": settings["layers"]} if "layers" in settings else {}
         self.find_weights(backbone, backbone_weights, **layers)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the loss of a batch, on its device, until a look at it is due.
+
+        Raises:
+            FloatingPointError: see :meth:`check_losses`.
+        """
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append((self.current_epoch + 1, batch_idx + 1, loss.detach()))
+        if len(self._losses) >= CHECK_EVERY:
+            self.check_losses()
+
+    def on_validation_start(self) -> None:
+        """Weights that are no numbers are not scored: their areas would be those of a tie."""
+        self.check_losses()
+        super().on_validation_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Where nothing is validated."""
+        self.check_losses()
+        super().on_train_epoch_end()
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look.
+
+        Raises:
+            FloatingPointError: one is not finite; names the detector, its coupling, and the epoch and batch (from 1).
+        """
+        waiting, self._losses = self._losses, []
+        if not waiting:
+            return
+        values = torch.stack([loss.sum() for *_, loss in waiting]).tolist()
+        for (epoch, number, _), value in zip(waiting, values, strict=True):
+            if not math.isfinite(value):
+                options = self.model.options
+                raise FloatingPointError(
+                    f"{self.model.label} (coupling {options.coupling}, mixing {options.mixing}): the loss is {value} "
+                    f"at epoch {epoch}, batch {number}. Lower the learning rate, or look for images that are empty or "
+                    "corrupt"
+                )
 
     def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
         self,
