@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import matplotlib as mpl
@@ -110,3 +111,17 @@ def test_fibres_have_a_line_a_training_in_every_panel() -> None:
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == pytest.approx([81.0, 82.0])
     with pytest.raises(ValueError, match="stock"):
         benchmark.fibres_over_epochs(rows, ceiling=0.0, way="stock")
+
+
+def test_numbers_on_the_axes_of_class_differences_do_not_meet() -> None:
+    figure = benchmark.class_differences("image")
+    figure.canvas.draw()
+    boxes = [
+        label.get_window_extent()
+        for axis in figure.axes
+        for label in axis.get_xticklabels(which="both")
+        if label.get_text()
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-10", "-1", "0", "+1", "+10"]
+    for left, right in itertools.pairwise(sorted(boxes, key=lambda box: box.x0)):
+        assert left.x1 < right.x0

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from usf.plots.theme import COLORS, INK
 from usf.study import paper, statistics, tables
@@ -51,9 +51,10 @@ def _symlog(axis: Axes, reach: float) -> None:
     """Linear within one percent point, logarithmic beyond: single classes differ by 0.1 and by 60 points."""
     axis.set_xscale("symlog", linthresh=1.0, linscale=0.7)
     axis.set_xlim(-reach, reach)
-    ticks = [sign * value for value in (1, 10, 100) for sign in (-1, 1) if value <= reach]
-    axis.xaxis.set_major_locator(FixedLocator([*ticks, 0]))
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_locator(FixedLocator([-10, -1, 0, 1, 10]))
+    # A hundred has a mark without a number: the panels are narrow, and numbers at their edges would meet.
+    axis.xaxis.set_minor_locator(FixedLocator([-100, 100] if reach > 100 else []))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}" if value else "0"))
 
 
