@@ -84,7 +84,7 @@ def cross_p(data: np.ndarray, folds: int, new: np.ndarray, doubled: bool) -> flo
     return float(cal.cross_conformal_p(held, scores, doubled=doubled)[0])
 
 
-@pytest.mark.parametrize(("n", "folds"), [(12, 3), (20, 5), (10, 10)])
+@pytest.mark.parametrize(("n", "folds"), [(12, 3), (14, 4), (20, 5), (10, 10)])
 def test_cross_conformal_p_is_super_uniform(n: int, folds: int) -> None:
     """In 8 dimensions and with few points the detector's mean is poor, so that training parts would score too low."""
     rng, trials = np.random.default_rng(n), 2_000
@@ -95,7 +95,7 @@ def test_cross_conformal_p_is_super_uniform(n: int, folds: int) -> None:
     naive = np.mean(distances >= distances[:, -1:], axis=1)  # calibrated on what it was trained on
     for alpha in (0.1, 0.2, 0.4):
         assert np.mean(doubled <= alpha) <= alpha + mc_error(alpha, trials)
-        bound = cal.cross_conformal_bound(n, folds, alpha)
+        bound = cal.cross_conformal_bound([len(part) for part in np.array_split(range(n), folds)], alpha)
         assert np.mean(pooled <= alpha) <= bound + mc_error(min(bound, 0.5), trials)
         assert np.mean(pooled <= alpha) <= alpha + mc_error(alpha, trials)  # not guaranteed, but so in a stable case
     assert np.mean(naive <= 0.2) > 0.2 + mc_error(0.2, trials)
@@ -112,8 +112,31 @@ def test_cross_conformal_pooled_counts() -> None:
         cal.cross_conformal_p([[1.0], [1.0]], [[1.0], [1.0, 2.0]])
     with pytest.raises(CalibrationError, match=r"fold 1.*none"):
         cal.cross_conformal_p([[1.0], []], [[1.0], [1.0]])
-    with pytest.raises(CalibrationError, match="between 2 and"):
-        cal.cross_conformal_bound(10, 11, 0.1)
+    for sizes in ([10], [10, 0]):
+        with pytest.raises(CalibrationError, match="two folds or more"):
+            cal.cross_conformal_bound(sizes, 0.1)
+
+
+def test_cross_conformal_bound_needs_equal_folds_for_its_second_half() -> None:
+    """The part of the bound that was proved for equal folds alone is not printed for others."""
+    first = 0.1 + 2 * 0.95 * 3 / 32
+    assert cal.cross_conformal_bound([7] * 4, 0.05) == pytest.approx(0.1 + (1 - 4 / 28) / 5)
+    assert cal.cross_conformal_bound([6, 7, 7, 8], 0.05) == pytest.approx(first)
+    assert cal.cross_conformal_bound([1, 2] * 10, 0.05) == pytest.approx(0.1 + 2 * 0.95 * 19 / 50)
+    assert cal.cross_conformal_bound([3, 2], 0.9) == 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())
+def test_pooled_p_is_a_weighted_mean_of_the_folds(sizes: list[int], data: st.DataObject) -> None:
+    """What the bound for unequal folds rests on."""
+    counts = [data.draw(st.integers(0, size)) for size in sizes]
+    held = [np.r_[np.ones(count), np.zeros(size - count)] for count, size in zip(counts, sizes, strict=True)]
+    scores = [[0.5]] * len(sizes)
+    p = cal.cross_conformal_p(held, scores, doubled=False)[0]
+    weights = np.array(sizes) + 1
+    mean = np.average([cal.conformal_p(h, [0.5])[0] for h in held], weights=weights)
+    n, folds = sum(sizes), len(sizes)
+    assert mean == pytest.approx((p * (n + 1) + folds - 1) / (n + folds))
 
 
 # ---------------------------------------------------------------------------------------------------------- thresholds

@@ -161,22 +161,32 @@ def cross_conformal_p(held_out: Sequence[ArrayLike], scores: Sequence[ArrayLike]
     return np.asarray((1.0 + at_least) / (sizes.sum() + 1))
 
 
-def cross_conformal_bound(n: int, folds: int, alpha: float) -> float:
-    r"""What is guaranteed of P(p <= alpha) for the pooled cross-conformal p-value of n parts in equal folds.
+def cross_conformal_bound(sizes: Sequence[int], alpha: float) -> float:
+    r"""What is guaranteed of P(p <= alpha) for the pooled cross-conformal p-value of n parts in K folds.
 
-    2a + min(2 (1 - a)(K - 1) / (n + K), (1 - K / n) / (K + 1)), at most 1 (Vovk et al., 2018; Barber et al., 2021,
-    theorem 4), for a training procedure that does not care about the order of its data.
+    2a + 2 (1 - a)(K - 1) / (n + K), at most 1 (Vovk et al., 2018). This holds for folds of any sizes: p <= a says that
+    the mean of the folds' p-values, weighted by n_k + 1, is at most (a (n + 1) + K - 1) / (n + K), and twice such a
+    mean is a p-value whatever the weights (Vovk and Wang, 2020). Where all folds are equal the second term may be
+    (1 - K / n) / (K + 1) instead, for a training procedure that does not care about the order of its data (Barber et
+    al., 2021, theorem 4, whose proof needs equal folds).
+
+    Args:
+        sizes: parts in each fold, n_k.
+        alpha: in (0, 1).
 
     Raises:
-        CalibrationError: alpha outside (0, 1), or fewer than 2 or more than n folds.
+        CalibrationError: alpha outside (0, 1), fewer than two folds, or one without parts.
 
-    >>> cross_conformal_bound(100, 100, 0.05)  # leaving one out
+    >>> cross_conformal_bound([1] * 100, 0.05)  # leaving one out
     0.1
     """
     alpha = _share("alpha", alpha)
-    if not 2 <= folds <= n:
-        raise CalibrationError(f"folds={folds}: between 2 and the number of parts, {n}")
-    slack = min(2 * (1 - alpha) * (folds - 1) / (n + folds), (1 - folds / n) / (folds + 1))
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise CalibrationError(f"folds of {list(sizes)} parts: two folds or more are needed, and a part in each")
+    n, folds = sum(sizes), len(sizes)
+    slack = 2 * (1 - alpha) * (folds - 1) / (n + folds)
+    if len(set(sizes)) == 1:
+        slack = min(slack, (1 - folds / n) / (folds + 1))
     return min(1.0, 2 * alpha + slack)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -16,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["main"]
+
+NAMED = 20
+"""Names that are printed before the rest is a number."""
 
 CODES = """\
 exit codes:
@@ -38,6 +42,7 @@ what FOLDER may hold:
   images                          normal ones
   good/ and test/                 normal ones, and others that nobody has labelled
   train/good/ test/ ground_truth/ MVTec layout
+(ok and normal are good's other names; images in other folders are not used, and named)
 
 Photos are turned upright as their EXIF says, here and by usf score. Run it again with the same arguments after Ctrl-C
 or a crash: it goes on where it was. Two runs into one DIR at a time are refused.
@@ -50,7 +55,8 @@ examples:
   usf score report/model a.png b.png --out scores.csv --heatmaps maps
   usf score report/model today --out today.csv --fdr 0.05
 
-scores.csv has one line an image: its score, the share of normal parts that would score as high (p_value), and whether
+scores.csv has one line an image: its name below the folder given (below the common folder of all images, where two
+would have the same name), its score, the share of normal parts that would score as high (p_value), and whether
 it raises an alarm by itself. With --fdr Q all images are also judged as one batch: of those with flagged = 1, at most
 the share Q are good ones, on average. An image that cannot be read has a line that says so, and the command ends
 with 1. Memory does not grow with the number of images.
@@ -139,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say("\nusf: stopped; the same command goes on where it was")
             return 130
     chosen = _parser().parse_args(given)
+    if "torch" not in sys.modules:
+        # Threads that wait awake take several times the processor time of the work where other programs want the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = None
     with contextlib.suppress(ValueError):  # not in the main thread
         before = signal.signal(signal.SIGTERM, _stop)
@@ -163,12 +172,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _error(error: BaseException, code: int) -> int:
+def _error(error: BaseException, code: int, kept: bool = False) -> int:
+    """Say what went wrong; ``kept`` where the same command would go on where it was."""
     if isinstance(error, OSError) and error.errno is not None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        again = "make room and run again" + (", what was done is kept" if kept else "")
         hint = {
-            errno.ENOSPC: "the disk is full: make room and run again, what was done is kept",
-            errno.EDQUOT: "the quota is used up: make room and run again, what was done is kept",
+            errno.ENOSPC: f"the disk is full: {again}",
+            errno.EDQUOT: f"the quota is used up: {again}",
             errno.EFBIG: "larger than this system or its limits allow: choose another place, or raise the limit",
             errno.EROFS: "choose another place for the output",
             errno.EACCES: "choose another place, or change the permissions",
@@ -217,21 +228,55 @@ def _inspect(chosen: argparse.Namespace) -> int:
         )
         found = inspection.survey(chosen.folder, chosen.test, progress=not chosen.quiet)
         inspection.plan(len(found.normals), options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         return _error(error, 2)
     _say(found.describe())
     for name, why in found.unreadable:
         _say(f"unreadable, left out: {name} ({why})")
+    for name in found.unused[:NAMED]:
+        _say(f"in a folder that is not used: {name}")
+    if len(found.unused) > NAMED:
+        _say(f"and {len(found.unused) - NAMED} more in folders that are not used")
     try:
         result = inspection.inspect(found, chosen.out, options, progress=not chosen.quiet, say=_say)
         from usf import report
 
         page = report.write(result, chosen.out / "report.html")
     except (ValueError, OSError, ArithmeticError, inspection.InspectionError) as error:
-        return _error(error, 1)
+        return _error(error, 1, kept=True)
     _say(result.deployed.promise())
     print(page)
     return 0
+
+
+def _to_score(images: Sequence[Path], heatmaps: Path | None) -> dict[Path, str]:
+    """Images to score -> their names in the table and below the heatmaps; each image once, no name twice.
+
+    Raises:
+        ValueError: no images, or heatmaps that would lie among them.
+    """
+    from usf.inspection import files_below
+    from usf.study.images import SUFFIXES
+
+    maps = None if heatmaps is None else heatmaps.resolve()
+    found: dict[str, tuple[Path, str]] = {}
+    for given in images:
+        if not given.is_dir():
+            found[os.path.abspath(given)] = (given, given.name)
+            continue
+        if maps is not None and given.resolve().is_relative_to(maps):
+            raise ValueError(f"--heatmaps {heatmaps}: {given} lies in it; choose a folder beside the images")
+        for path in files_below(given):
+            # Heatmaps of an earlier run are no images to score.
+            mine = maps is not None and path.resolve().is_relative_to(maps)
+            if path.suffix.lower() in SUFFIXES and not mine:
+                found.setdefault(os.path.abspath(path), (path, path.relative_to(given).as_posix()))
+    if not found:
+        raise ValueError(f"{images[0]} holds no images ({', '.join(SUFFIXES)})")
+    if len({name for _, name in found.values()}) < len(found):
+        common = os.path.commonpath([os.path.dirname(path) for path in found])
+        return {path: Path(os.path.relpath(whole, common)).as_posix() for whole, (path, _) in found.items()}
+    return dict(found.values())
 
 
 def _score(chosen: argparse.Namespace) -> int:
@@ -240,7 +285,6 @@ def _score(chosen: argparse.Namespace) -> int:
             _say(f"usf: error: {path} does not exist")
             return 2
     from usf import deploy
-    from usf.study.images import SUFFIXES
 
     try:
         _threads(chosen.threads)
@@ -248,17 +292,7 @@ def _score(chosen: argparse.Namespace) -> int:
             raise ValueError(f"--batch-size {chosen.batch_size}: at least 1 is needed")
         if chosen.fdr is not None and not 0 < chosen.fdr < 1:
             raise ValueError(f"--fdr {chosen.fdr:g}: a number between 0 and 1, both excluded, is needed")
-        files: dict[Path, str] = {}
-        for given in chosen.images:
-            if given.is_dir():
-                inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-                if chosen.heatmaps is not None:  # those of an earlier run are no images to score
-                    inside = [path for path in inside if chosen.heatmaps not in path.parents]
-                files |= {path: path.relative_to(given).as_posix() for path in inside}
-            else:
-                files[given] = given.name
-        if not files:
-            raise ValueError(f"{chosen.images[0]} holds no images ({', '.join(SUFFIXES)})")
+        files = _to_score(chosen.images, chosen.heatmaps)
         model = deploy.load(chosen.model)
     except (ValueError, OSError) as error:
         return _error(error, 2)

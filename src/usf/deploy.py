@@ -224,13 +224,18 @@ class Deployed:
         if len(self.folds) == 1:
             return self.calibration.promise()
         n, alpha = len(self.calibration.normals), self.calibration.alpha
-        bound = cross_conformal_bound(n, len(self.folds), alpha)
         return (
             f"Threshold {self.threshold:.6g} from {n} normal parts, each compared by one of {len(self.folds)} flows "
             f"that was trained without it (cross-conformal): about {100 * alpha:.3g} % of new normal parts raise an "
-            f"alarm, as experience has it; guaranteed is a rate of at most {100 * bound:.2g} % on average. Both hold "
-            "as long as new normal parts come from where these came from."
+            f"alarm, as experience has it; guaranteed is a rate of at most {100 * self.guaranteed:.2g} % on average. "
+            "Both hold as long as new normal parts come from where these came from."
         )
+
+    @property
+    def guaranteed(self) -> float:
+        """The false-alarm rate, in [0, 1], that is proved, on average over calibrations; see :meth:`promise`."""
+        alpha = self.calibration.alpha
+        return alpha if len(self.folds) == 1 else cross_conformal_bound([len(fold) for fold in self.folds], alpha)
 
     def flagged(self, p: Sequence[float] | NDArray[np.float64], rate: float) -> NDArray[np.bool_]:
         """Which parts of a batch to call anomalous, so that a share ``rate`` of them at most is good, on average.
@@ -339,7 +344,11 @@ def save(
     notes: Sequence[str] = (),
     onnx: bool = False,
 ) -> Deployed:
-    """Write a model folder; at every moment there is the old one or the new one, whole.
+    """Write a model folder: whole, or not at all.
+
+    The new one is written beside its place and moved there; the old one, moved out of the way for a moment, comes back
+    if that fails. A process that is killed in this moment leaves both under hidden names beside the place, and the
+    next save brings the old one back first.
 
     Args:
         folder: is replaced, if it is a model folder.
@@ -357,6 +366,7 @@ def save(
         ModelFolderError: ``folder`` holds something else.
         OSError: it cannot be written; the old one is left as it was.
     """
+    _recover(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / SETTINGS).is_file())):
         raise ModelFolderError(f"{folder} exists and is no model folder: choose another place, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -368,7 +378,7 @@ def save(
         own = {k: v for k, v in model.state_dict().items() if not k.startswith(BACKBONE)}
         tensors |= {f"flow{index}.{key}": value for key, value in own.items()}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    for left in folder.parent.glob(f".{folder.name}-*"):  # by a run that was killed while it wrote
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by a run that was killed; no longer the old model
         shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -402,19 +412,28 @@ def save(
     return dataclasses.replace(deployed, calibration=calibration, settings=settings)
 
 
+def _old(folder: Path) -> Path:
+    """Where the old folder is for the moment in which it is replaced."""
+    return folder.with_name(f".{folder.name}-old")
+
+
+def _recover(folder: Path) -> None:
+    """Bring back the old folder where a replacement was cut short between its two steps."""
+    if _old(folder).exists() and not folder.exists():
+        _old(folder).rename(folder)
+
+
 def _replace(new: Path, folder: Path) -> None:
-    """Put a folder in the place of another one, which comes back if that fails."""
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    """Put a folder in the place of another one, which comes back if that fails or is interrupted."""
+    shutil.rmtree(_old(folder), ignore_errors=True)
     try:
+        if folder.exists():
+            folder.rename(_old(folder))
         new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
+    except BaseException:  # Ctrl-C too
+        _recover(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(folder), ignore_errors=True)
 
 
 def export_onnx(detector: Detector, path: Path) -> Path:

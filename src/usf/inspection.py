@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import platform
@@ -48,6 +49,7 @@ __all__ = [
     "Result",
     "Speed",
     "Survey",
+    "files_below",
     "inspect",
     "plan",
     "reason",
@@ -61,8 +63,8 @@ FEWEST = 5
 """Normal images below which nothing is trained."""
 SPLIT_SHARE, MOST_SHARE = 0.25, 0.4
 """Of the normal images, held out to calibrate: this many, or as many as the rate needs up to the second."""
-NORMAL_FOLDERS = ("train/good", "train/normal", "train", "good", "normal")
 GOOD = ("good", "normal", "ok")
+"""Names of folders of normal images, in any case."""
 
 
 class InspectionError(RuntimeError):
@@ -111,6 +113,7 @@ class Survey:
         ignored: names of files that do not look like images.
         duplicates: groups of names with the same content. Of normal ones the first is used.
         leaked: names of test images that are also normal ones to train on.
+        unused: names of images in folders that the layout has no use for.
     """
 
     root: Path
@@ -120,6 +123,7 @@ class Survey:
     ignored: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
     leaked: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def normals(self) -> list[Part]:
@@ -173,13 +177,17 @@ class Survey:
             bad = sum(part.label != "good" for part in self.test)
             kind = f"{len(self.test) - bad} normal, {bad} anomalous" if self.labelled else "not labelled"
             text += f", {len(self.test)} to test ({kind})"
-        for count, what in ((len(self.unreadable), "unreadable"), (len(self.duplicates), "there more than once")):
+        for count, what in (
+            (len(self.unreadable), "unreadable"),
+            (len(self.duplicates), "there more than once"),
+            (len(self.unused), "in other folders not used"),
+        ):
             text += f", {count} {what}" if count else ""
         return f"{text}; {self.layout}"
 
 
-def _files(folder: Path, recursive: bool) -> list[Path]:
-    """Files, sorted, without hidden ones."""
+def files_below(folder: Path, recursive: bool = True) -> list[Path]:
+    """Files of a folder, sorted; without hidden ones and without those in hidden folders below it."""
     found = folder.rglob("*") if recursive else folder.iterdir()
     return sorted(
         path for path in found
@@ -209,8 +217,9 @@ def _look(path: Path) -> tuple[tuple[int, int], str, str, bool]:
 def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool = False) -> Survey:
     """Find out what a folder holds; every image is decoded once.
 
-    Three layouts are known: images in the folder itself (all normal); a folder ``good``, ``normal`` or ``train`` beside
-    a folder ``test`` of images that nobody has labelled; MVTec's ``train/good``, ``test/DEFECT``, ``ground_truth``.
+    Three layouts are known: images in the folder itself (all normal); a folder ``good``, ``normal``, ``ok`` or
+    ``train`` beside a folder ``test`` of images that nobody has labelled; MVTec's ``train/good``, ``test/DEFECT``,
+    ``ground_truth``. Images in other folders are not used, and named in the result.
 
     Args:
         folder: see above.
@@ -218,7 +227,8 @@ def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool
         progress: show a bar.
 
     Raises:
-        ImageFolderError: a folder that is missing or empty, no normal image, or none that can be read.
+        ImageFolderError: a folder that is missing or empty, no normal image, or none that can be read; images in a
+            folder below ``train`` that may or may not be normal.
     """
     root = Path(folder).expanduser()
     for given in (root, *([Path(test).expanduser()] if test else [])):
@@ -226,12 +236,12 @@ def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool
             raise ImageFolderError(f"{given} does not exist: pass a folder of images")
         if not given.is_dir():
             raise ImageFolderError(f"{given} is a file: pass the folder that it is in")
-    normal_folder = next((root / name for name in NORMAL_FOLDERS if (root / name).is_dir()), root)
+    normal_folder = _normal_folder(root)
     test_folder = Path(test).expanduser() if test else root / "test"
     # Images in the folder itself are normal ones; folders below it would be anything.
-    candidates = [("normal", path) for path in _files(normal_folder, recursive=normal_folder != root)]
+    candidates = [("normal", path) for path in files_below(normal_folder, normal_folder != root)]
     if test_folder.is_dir():
-        candidates += [("test", path) for path in _files(test_folder, recursive=True)]
+        candidates += [("test", path) for path in files_below(test_folder)]
     if not any(path.suffix.lower() in SUFFIXES for role, path in candidates if role == "normal"):
         raise ImageFolderError(
             f"{normal_folder} holds no images ({', '.join(SUFFIXES)}): put normal images there, or into "
@@ -264,7 +274,40 @@ def survey(folder: str | Path, test: str | Path | None = None, *, progress: bool
                 mask = _mask(path, test_folder.parent / "ground_truth" / label, size)
         kind: Literal["normal", "test"] = "normal" if role == "normal" else "test"
         parts.append(Part(path, name, kind, label, mask, size, mode, digest, turned))
-    return _without_copies(root, _layout(root, normal_folder, kinds, labelled), parts, unreadable, ignored)
+    known = {path for _, path in candidates}
+    masks = test_folder.parent / "ground_truth"
+    unused = [
+        path.relative_to(root).as_posix()
+        for path in files_below(root)
+        if path.suffix.lower() in SUFFIXES and path not in known and masks not in path.parents
+    ]
+    layout = _layout(root, normal_folder, kinds, labelled)
+    return dataclasses.replace(_without_copies(root, layout, parts, unreadable, ignored), unused=tuple(unused))
+
+
+def _normal_folder(root: Path) -> Path:
+    """Where the normal images are: ``train/good``, ``train``, ``good`` (or another name for it), or the folder itself.
+
+    Raises:
+        ImageFolderError: images below ``train`` of which nobody has said that they are normal.
+    """
+
+    def inside(folder: Path) -> list[Path]:
+        return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+    train = root / "train"
+    if not train.is_dir():
+        return next((root / child.name for name in GOOD for child in inside(root) if child.name.lower() == name), root)
+    filled = [child for child in inside(train) if any(path.suffix.lower() in SUFFIXES for path in files_below(child))]
+    good = [child for child in filled if child.name.lower() in GOOD]
+    # To train on defects would be worse than to stop.
+    if unknown := [child for child in filled if child not in good[:1]]:
+        names = ", ".join(f"train/{child.name}" for child in unknown)
+        raise ImageFolderError(
+            f"{root} has images in {names}, and nobody has said that they are normal: move the normal ones into "
+            f"train/{good[0].name if good else 'good'}, and others into test/{unknown[0].name} or out of {root.name}"
+        )
+    return good[0] if good else train
 
 
 def _mask(image: Path, folder: Path, size: tuple[int, int]) -> Path | None:
@@ -329,6 +372,11 @@ class Options:
         flow_steps: of each flow.
         seed: of the division, the initial weights and the order of images.
         onnx: also export to ONNX.
+
+    Raises:
+        ValueError: a value that cannot be; names it.
+        CalibrationError: a rate or a confidence outside (0, 1).
+        ModuleNotFoundError: ``onnx`` without the ``export`` extra.
     """
 
     alpha: float = 0.05
@@ -360,6 +408,13 @@ class Options:
         if not 0 < self.fdr < 1:
             raise ValueError(f"fdr={self.fdr!r}: a number between 0 and 1, both excluded, is needed")
         normals_needed(self.alpha, self.confidence)
+        # Found out here, and not after all the training.
+        missing = [name for name in ("onnx", "onnxscript") if self.onnx and importlib.util.find_spec(name) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"writing ONNX needs {' and '.join(missing)}, of the extra 'export': pip install 'usf[export]', or "
+                "leave out --onnx"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,8 +500,13 @@ def _bytes(tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:
     )
 
 
-def _resume(path: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and notes of a checkpoint of this very training; ``None`` where there is none."""
+def _resume(
+    path: Path, identity: str, say: Callable[[str], None] = print
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and notes of a checkpoint of this very training; ``None`` where there is none.
+
+    A damaged one is removed, and said to be.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -457,8 +517,36 @@ def _resume(path: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any
             if about.get("identity") != identity:
                 return None
             return {key: stored.get_tensor(key) for key in stored.keys()}, about  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError):
+    except (SafetensorError, ValueError, OSError) as error:
+        say(f"{path.name} is damaged ({error}): removed, and its flow is trained from the start")
+        path.unlink(missing_ok=True)
         return None
+
+
+class _Clock:
+    """Seconds over all legs of a run that was stopped and went on; each counts to its last checkpoint.
+
+    Args:
+        path: JSON file that keeps them.
+        key: of the trainings; seconds of others do not count.
+        started: ``time.perf_counter()`` at the start of this leg.
+    """
+
+    def __init__(self, path: Path, key: str, started: float) -> None:
+        self.path, self.key, self.started, self.earlier = path, key, started, 0.0
+        # A clock that cannot be read is no reason to stop.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            kept = json.loads(path.read_text("utf8"))
+            if kept["key"] == key:
+                self.earlier = float(kept["seconds"])
+
+    def seconds(self) -> float:
+        """All legs, this one to now."""
+        return self.earlier + time.perf_counter() - self.started
+
+    def keep(self) -> None:
+        """Write them down."""
+        write_json(self.path, {"key": self.key, "seconds": self.seconds()})
 
 
 def train(
@@ -472,6 +560,8 @@ def train(
     identity: str,
     progress: bool = True,
     label: str = "training",
+    say: Callable[[str], None] = print,
+    kept: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Train on cached features, with a checkpoint after every epoch; goes on from the last one.
 
@@ -486,6 +576,8 @@ def train(
         identity: of the training; a checkpoint with another one is not used.
         progress: show a bar.
         label: the bar's title.
+        say: receives a line where the checkpoint is damaged.
+        kept: called after each checkpoint.
 
     Returns:
         mean negative log-likelihood of each epoch, nats per dimension.
@@ -498,7 +590,7 @@ def train(
     parameters = dict(zip(map(str, range(10**6)), model.trainable_parameters(), strict=False))
     optimiser = model.optimiser()
     losses: list[float] = []
-    if (found := _resume(checkpoint, identity)) is not None:
+    if (found := _resume(checkpoint, identity, say)) is not None:
         tensors, about = found
         losses = [float(loss) for loss in about["losses"]]
         with torch.no_grad():
@@ -533,6 +625,7 @@ def train(
             for key, own in optimiser.state_dict()["state"].items():
                 tensors |= {f"{name}.{key}": value for name, value in own.items()}
             atomic_write(checkpoint, _bytes(tensors, {"identity": identity, "losses": losses}))
+            kept()
     model.eval()
     return losses
 
@@ -622,7 +715,7 @@ class Result:
         scored: test images.
         metrics: name -> value in [0, 1], where labels allow.
         speed: of scoring.
-        seconds: of the whole run.
+        seconds: of the whole run; of one that was stopped all legs, each but the last to its last checkpoint.
     """
 
     survey: Survey
@@ -724,7 +817,7 @@ def _inspect(
         deploy.build(options.size, weights, FlowOptions(), options.seed + k, options.flow_steps)
         for k in range(len(decided.folds))
     ]
-    losses, norms = _train_all(models, found, out / "state", options, decided, weights, progress)
+    losses, norms, clock = _train_all(models, found, out / "state", options, decided, weights, progress, say, started)
 
     detector = deploy.Detector(models)
     normal_files = [part.path for part in found.normals]
@@ -753,7 +846,7 @@ def _inspect(
     shutil.rmtree(out / "state" / "features", ignore_errors=True)
     return Result(
         found, options, decided, weights, deployed, out / "model", losses, norms, calibration, scored,
-        _metrics(found, scored, options.size), speed, time.perf_counter() - started,
+        _metrics(found, scored, options.size), speed, clock.seconds(),
     )  # fmt: skip
 
 
@@ -765,7 +858,9 @@ def _train_all(
     decided: Plan,
     weights: Weights,
     progress: bool,
-) -> tuple[list[list[float]], Norms]:
+    say: Callable[[str], None],
+    started: float,
+) -> tuple[list[list[float]], Norms, _Clock]:
     from usf.detectors import backbones
     from usf.study.features import cache_key, extract
 
@@ -784,9 +879,10 @@ def _train_all(
         trainings.append((own, epochs, settings_hash(what)))
     checkpoints = [state / f"flow-{identity}.safetensors" for _, _, identity in trainings]
     measured = [state / f"norms-{identity}.json" for _, _, identity in trainings]
+    clock = _Clock(state / "clock.json", settings_hash([identity for _, _, identity in trainings]), started)
     done = []
     for path, norms, (_, epochs, identity) in zip(checkpoints, measured, trainings, strict=True):
-        stored = _resume(path, identity)
+        stored = _resume(path, identity, say)
         done.append(stored is not None and len(stored[1]["losses"]) == epochs and norms.is_file())
     first = models[0]
     example = first.features(torch.zeros(1, 3, options.size, options.size))
@@ -826,6 +922,8 @@ def _train_all(
                 identity=identity,
                 progress=progress,
                 label=label,
+                say=say,
+                kept=clock.keep,
             )
         )
         held = features.subset(list(decided.folds[k - 1]))
@@ -835,7 +933,7 @@ def _train_all(
             path.unlink(missing_ok=True)
     rows = [json.loads(path.read_text("utf8")) for path in measured]
     fit, held_out = ([np.array(row[part], dtype=np.float64) for row in rows] for part in ("fit", "held_out"))
-    return losses, Norms(sum(level.numel() for level in example), fit, held_out)
+    return losses, Norms(sum(level.numel() for level in example), fit, held_out), clock
 
 
 def _norms(model: FastflowModel, features: Features, batch_size: int = 8) -> list[float]:

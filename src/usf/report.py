@@ -163,6 +163,11 @@ def _found(result: Result) -> str:
             f'<p class="warn">{_count(len(found.leaked), "test image")} also among the normal ones to train on, so '
             f"that it proves nothing: {_names(found.leaked)}.</p>"
         )
+    if found.unused:
+        parts.append(
+            f'<p class="warn">{_count(len(found.unused), "image")} in folders that the layout has no use for, neither '
+            f"trained on nor tried out: {_names(found.unused)}.</p>"
+        )
     if found.ignored:
         parts.append(f"<p>Not images by their names, and left alone: {_names(found.ignored)}.</p>")
     return "".join(parts)
@@ -235,6 +240,16 @@ def _tiles(result: Result) -> str:
     known = result.deployed.calibration
     tiles = [
         (_percent(known.alpha), f"false-alarm rate {'promised' if len(result.plan.folds) == 1 else 'aimed at'}"),
+        *(
+            [
+                (
+                    f"\N{LESS-THAN OR EQUAL TO} {100 * result.deployed.guaranteed:.2g}\N{NO-BREAK SPACE}%",
+                    "guaranteed rate",
+                )
+            ]
+            if len(result.plan.folds) > 1
+            else []
+        ),
         (f"{known.threshold:.4g}", "threshold of the score"),
         (str(len(known.normals)), "normal images set it"),
     ]
