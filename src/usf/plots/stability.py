@@ -16,15 +16,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from usf.plots.theme import COLORS, INK
+from usf.plots.theme import COLORS, INK, shades
 
 Rows = Sequence[Mapping[str, Any]]
 
-OUTCOMES = {"not finite": COLORS["non-usf"], "worse than no flow": COLORS["gin"]}
-"""Outcome of a failed run -> its colour."""
+OUTCOMES: dict[str, dict[str, Any]] = {
+    "not finite": {"facecolor": INK},
+    "worse than no flow": {"facecolor": "none", "hatch": "//////"},
+}
+"""Outcome of a failed run -> how its part of a box is filled; in ink, for colours stand for models."""
 
-NORM_COLORS = {"left out": COLORS["anomaly"], "counted": COLORS["usf"], "frozen": COLORS["deep-svdd"]}
-"""What becomes of the layer normalisation's gain -> its colour."""
+NORM_COLORS = {"left out": COLORS["other"], "counted": COLORS["usf"], "frozen": shades("usf", 3)[2]}
+"""What becomes of the layer normalisation's gain -> its colour: blue where the flow has its whole determinant."""
 
 
 def column(row: Mapping[str, Any]) -> str:
@@ -36,7 +39,8 @@ def column(row: Mapping[str, Any]) -> str:
 def failure_map(rows: Rows, *, size: tuple[float, float] | None = None) -> Figure:
     """Shares of failed runs over learning rates, one line a setting, in the rows' order.
 
-    A box is all runs at one rate; its filled part are the failed ones, in the colour of their outcome.
+    A box is all runs at one rate; its filled part are the failed ones: solid where something was not finite, hatched
+    where the flow ended worse than none.
     """
     labels = list(dict.fromkeys(column(row) for row in rows))
     rates = sorted({float(row["lr"]) for row in rows})
@@ -47,9 +51,9 @@ def failure_map(rows: Rows, *, size: tuple[float, float] | None = None) -> Figur
             if not here:
                 continue
             left = x - 0.44
-            for kind, color in OUTCOMES.items():
+            for kind, style in OUTCOMES.items():
                 share = 0.88 * sum(row["outcome"] == kind for row in here) / len(here)
-                axis.add_patch(Rectangle((left, y - 0.36), share, 0.72, color=color, lw=0))
+                axis.add_patch(Rectangle((left, y - 0.36), share, 0.72, edgecolor=INK, lw=0, **style))
                 left += share
             axis.add_patch(Rectangle((x - 0.44, y - 0.36), 0.88, 0.72, fill=False, ec=INK, lw=0.8))
     axis.set_xlim(-0.6, len(rates) - 0.4)
@@ -59,7 +63,7 @@ def failure_map(rows: Rows, *, size: tuple[float, float] | None = None) -> Figur
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)
     axis.set_xlabel("learning rate")
-    handles = [Patch(color=color, label=kind) for kind, color in OUTCOMES.items()]
+    handles = [Patch(edgecolor=INK, lw=0.8, label=kind, **style) for kind, style in OUTCOMES.items()]
     handles.append(Patch(fill=False, ec=INK, label="trained"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
