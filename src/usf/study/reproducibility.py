@@ -23,7 +23,7 @@ from usf.study import schema
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Origin", "RecordFile", "dependencies", "inputs", "read", "table", "versions", "without_origin"]
+__all__ = ["Origin", "RecordFile", "dependencies", "inputs", "read", "table", "unbroken", "versions", "without_origin"]
 
 _SETTINGS = ("epochs", "settings_hash", "run")
 """Columns that belong to a run wherever they stand; of a file with a row an epoch, so do all that stand before it."""
@@ -244,6 +244,15 @@ def table(files: Iterable[RecordFile]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def unbroken(days: str) -> str:
+    """Days of `table` as HTML in which no line ends inside a date.
+
+    >>> unbroken("2026-11-23, 2026-11-24").count("nowrap")
+    2
+    """
+    return ", ".join(f'<span style="white-space: nowrap">{day}</span>' for day in days.split(", "))
 
 
 def versions(files: Iterable[RecordFile]) -> pd.DataFrame:
