@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,6 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 __all__ = [
-    "Comparison",
     "Interval",
     "VarianceTest",
     "hierarchical_bootstrap",
@@ -45,7 +44,6 @@ __all__ = [
     "student_interval",
     "variance_test",
     "welch_interval",
-    "wilcoxon_holm",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -383,34 +381,6 @@ def holm(p_values: ArrayLike) -> Array:
     adjusted = np.empty_like(p)
     adjusted[order] = stepped
     return adjusted
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Signed-rank test of one set of differences among several.
-
-    Attributes:
-        name: of the set.
-        classes: their number.
-        median: of the differences.
-        p, p_holm: of the test, and corrected for all sets tested together.
-    """
-
-    name: str
-    classes: int
-    median: float
-    p: float
-    p_holm: float
-
-
-def wilcoxon_holm(differences: Mapping[str, ArrayLike], *, seed: int = 0) -> list[Comparison]:
-    """Wilcoxon's signed-rank test of each set of differences (one a class), corrected together after Holm."""
-    raw = {name: signed_rank_test(values, seed=seed) for name, values in differences.items()}
-    corrected = holm(list(raw.values()))
-    return [
-        Comparison(name, np.size(differences[name]), float(np.median(np.asarray(differences[name]))), p, float(q))
-        for (name, p), q in zip(raw.items(), corrected, strict=True)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
