@@ -302,15 +302,22 @@ def inputs() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _licence(metadata: Mapping[str, Any]) -> str:
-    """From package metadata in their JSON form."""
+def _licence(metadata: Mapping[str, Any], text: str = "") -> str:
+    """From package metadata in their JSON form, or the title of the licence's text."""
     if expression := metadata.get("license_expression"):
         return str(expression)
     classifiers = [text for text in metadata.get("classifier") or () if text.startswith("License ::")]
     if names := [text.split(" :: ")[-1] for text in classifiers if not text.endswith(":: OSI Approved")]:
         return ", ".join(names)
-    lines = str(metadata.get("license") or "").strip().splitlines()
-    return lines[0][:60] if lines else "not stated"
+    lines = [*str(metadata.get("license") or "").strip().splitlines(), *text.strip().splitlines()]
+    return lines[0].strip()[:60] if lines else "not stated"
+
+
+def _licence_text(name: str) -> str:
+    """The first licence file that an installed package brings; empty where it brings none."""
+    files = importlib.metadata.files(name) or ()
+    found = [file for file in files if re.fullmatch(r"(LICEN[CS]E|COPYING)(\.\w+)?", file.name, re.IGNORECASE)]
+    return found[0].read_text("utf8") if found else ""
 
 
 def dependencies(package: str = "usf") -> pd.DataFrame:
@@ -329,9 +336,9 @@ def dependencies(package: str = "usf") -> pd.DataFrame:
     rows = []
     for name in sorted(names, key=str.lower):
         try:
-            metadata = importlib.metadata.metadata(name).json
+            metadata, text = importlib.metadata.metadata(name).json, _licence_text(name)
         except importlib.metadata.PackageNotFoundError:
-            metadata = {"version": "not installed"}
-        found = {"version": metadata["version"], "licence": _licence(metadata)}
+            metadata, text = {"version": "not installed"}, ""
+        found = {"version": metadata["version"], "licence": _licence(metadata, text)}
         rows.append({"package": name, "needed": names[name], **found})
     return pd.DataFrame(rows)
