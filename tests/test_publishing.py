@@ -18,7 +18,8 @@ from usf import paths
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
-import usf_launch as launch  # noqa: E402  (lies beside the chapters, for Sphinx)
+import usf_launch as launch  # noqa: E402  (these lie beside the chapters, for Sphinx)
+import usf_plain as plain  # noqa: E402
 from usf_book import Fingerprints  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]-*.md"))
@@ -103,6 +104,67 @@ def test_a_notebook_begins_with_its_installation(path: Path, fingerprints: Finge
     deep = "usf.detectors" in path.read_text("utf8")
     assert ("[book,detectors]" in first.source) >= deep
     assert json.dumps(notebook) == json.dumps(launch.portable(path, URL, "c0ffee", fingerprints)), "differs every time"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_readable_without_the_book(path: Path, fingerprints: Fingerprints) -> None:
+    pages, notebooks = plain.titles(ROOT / "book")
+    known = plain.Known(pages=pages, notebooks=notebooks, works=plain.works(ROOT / "book" / "references.bib"))
+    for cell in launch.portable(path, "", "main", fingerprints, known).cells:
+        if cell.cell_type == "markdown":
+            left = re.findall(r"\{[a-z:]+\}`[^`]*`|^[`:]{3,}\{.*|^:[a-z]+:.*|^\([\w-]+\)=$", cell.source, re.MULTILINE)
+            assert left == []
+
+
+KNOWN = plain.Known(
+    values={"share": "12.345", "name": "'pill'", "broken": "np.float64(1.0)"},
+    labels={"p": "Proposition 3.1", "x": "Exercise 3.2", "f": "Figure 3.4", "e": "(3.5)"},
+    pages={"05-density-inversion": "Density inversion"},
+    notebooks=frozenset({"05-density-inversion"}),
+    works={"a": ("A and B, 2025", "https://example.org/a"), "b": ("C, 2024", "")},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{glue:text}`share:.1f` % of {glue:text}`name`", "12.3 % of pill"),
+        ("{glue:text}`other` and {glue:text}`broken:.1f`", "(computed below) and (computed below)"),
+        (
+            "{cite}`a,b`; {cite:t}`a`",
+            "([A and B, 2025](https://example.org/a), C, 2024); [A and B (2025)](https://example.org/a)",
+        ),
+        ("{doc}`05-density-inversion`, {doc}`intro`", "[Density inversion](05-density-inversion.ipynb), *intro*"),
+        (
+            "{numref}`f`, {prf:ref}`p`, {eq}`e`, {ref}`here <f>`, {ref}`g`",
+            "Figure 3.4, Proposition 3.1, (3.5), here, *g*",
+        ),
+        ("(label)=\n$$ y $$ (e)", r"$$ y \tag{3.5} $$"),
+        ("````{prf:proposition} Title\n:label: p\n\nBody {eq}`e`.\n````", "**Proposition 3.1** (Title). Body (3.5)."),
+        ("```{prf:proof}\nSo.\n```", "*Proof.* So."),
+        (
+            "```{solution-start} x\n:class: dropdown\n```\nIt is.\n```{solution-end}\n```",
+            "**Solution** of Exercise 3.2.\nIt is.",
+        ),
+        (
+            "`````{grid} 1 2\n````{grid-item}\n```{glue:figure} k\n:name: f\n\nSeen.\n```\n````\n`````",
+            "*Figure 3.4.* Seen.",
+        ),
+        ("```python\n{eq}`e`\n```", "```python\n{eq}`e`\n```"),
+        ("{strange}`text`", "text"),
+    ],
+)
+def test_text_in_plain_markdown(text: str, expected: str) -> None:
+    assert plain.plain(text, KNOWN).strip() == expected
+
+
+def test_captions_stand_below_their_figures(tmp_path: Path, fingerprints: Fingerprints) -> None:
+    page = tmp_path / "page.md"
+    front = "---\nkernelspec:\n  name: python3\n  display_name: P\n---\n"
+    cell = "---\nmystnb:\n  figure:\n    name: f\n    caption: |\n      Of {glue:text}`name`.\n---\nplot()\n"
+    page.write_text(f"{front}\n# Page\n\n```{{code-cell}} ipython3\n{cell}```\n")
+    *_, figure, below = launch.portable(page, "", "main", fingerprints, KNOWN).cells
+    assert (figure.source, below.source) == ("plot()", "*Figure 3.4.* Of pill.")
 
 
 def test_extras_are_what_a_chapter_imports(fingerprints: Fingerprints) -> None:

@@ -1,8 +1,9 @@
 """Chapters that run elsewhere: a notebook to download on each page, and links to Colab and Binder.
 
-The downloaded notebook begins with a cell that installs the library where it is missing, from the repository at the
-revision that made the page. Colab opens the same notebooks from the branch ``notebooks`` (`make publish` pushes them),
-Binder the chapters of the repository itself.
+The downloaded notebook can be read everywhere: no syntax of MyST is left in its text (``usf_plain``). It begins with a
+cell that installs the library where it is missing, from the repository at the revision that made the page. Colab opens
+the same notebooks from the branch ``notebooks`` (`make publish` pushes them), Binder the chapters of the repository
+itself.
 
 The repository's address is ``repository.url`` in ``_config.yml``, or the environment variable ``USF_REPOSITORY``, which
 the workflow that publishes the book sets. Without one there are no links, and the notebooks say how to install.
@@ -10,6 +11,7 @@ the workflow that publishes the book sets. Without one there are no links, and t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from typing import Any
 
 import jupytext
 import nbformat
+import usf_plain as plain
 from sphinx.application import Sphinx
 from usf_book import Fingerprints
 
@@ -53,12 +56,21 @@ def extras(code: str, fingerprints: Fingerprints) -> str:
     return "book,detectors" if deep else "book"
 
 
-def portable(page: Path, url: str, revision: str, fingerprints: Fingerprints) -> Any:
-    """A chapter as a notebook with a cell before all others that installs what it needs."""
+def portable(page: Path, url: str, revision: str, fingerprints: Fingerprints, known: plain.Known | None = None) -> Any:
+    """A chapter as a notebook in plain Markdown, with a cell before all others that installs what it needs.
+
+    Args:
+        page: the chapter.
+        url: of the repository; empty where it is not known.
+        revision: commit or branch.
+        fingerprints: know what a chapter imports.
+        known: what its text refers to.
+    """
     notebook = jupytext.read(page, fmt="md:myst")
     lines = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
     code = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
     first = nbformat.v4.new_code_cell(install(url, revision, extras(code, fingerprints)))
+    plain.rewrite(notebook, plain.Known() if known is None else known)
     notebook.cells.insert(0, first)
     for index, cell in enumerate(notebook.cells):  # else random, so that no two builds were alike
         cell["id"] = f"cell-{index}"
@@ -106,11 +118,16 @@ def offer(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any]
         return
     root, url = Path(app.srcdir), app.config.html_theme_options.get("repository_url", "")
     if not hasattr(app, "usf_launch"):
-        app.usf_launch = (Fingerprints(root), _revision(root))  # type: ignore[attr-defined]
-    fingerprints, revision = app.usf_launch  # type: ignore[attr-defined]
+        pages, notebooks = plain.titles(root / "book")
+        works = plain.works(root / "book" / "references.bib")
+        known = plain.Known(labels=plain.numbers(app.env), pages=pages, notebooks=notebooks, works=works)
+        app.usf_launch = (Fingerprints(root), _revision(root), known)  # type: ignore[attr-defined]
+    fingerprints, revision, known = app.usf_launch  # type: ignore[attr-defined]
+    values = plain.glued(Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.glue.json")
+    known = dataclasses.replace(known, values=values)
     target = Path(app.outdir, "_sources", f"{pagename}.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(portable(Path(app.env.doc2path(pagename)), url, revision, fingerprints), target)
+    nbformat.write(portable(Path(app.env.doc2path(pagename)), url, revision, fingerprints, known), target)
     context["ipynb_source"] = f"{pagename}.ipynb"
 
 
