@@ -209,3 +209,16 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert rescoring.outcomes(pd.DataFrame()) == {}
     with pytest.raises(FileNotFoundError, match="no records"):
         rescoring.gather(tmp_path, tmp_path / "all.csv")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["--variants", "afine"], "afine"), (["--seeds", "one"], "no seed")])
+def test_a_wrong_argument_is_refused_before_anything_runs(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        rescoring.main([str(tmp_path), *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rescoring.main([str(tmp_path / "nowhere")])
+    assert "nowhere" in capsys.readouterr().err

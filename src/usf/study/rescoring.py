@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from usf import paths
-from usf.study import detection, records
+from usf.study import detection, grid, records
 from usf.study.features import Features, extract
 from usf.study.images import ImageFolder, batches, load_masks, read
 from usf.study.metrics import auroc
@@ -468,8 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exits with 1 where a training failed."""
     parser = argparse.ArgumentParser(prog="python -m usf.study.rescoring", description="Train CFlow, score it in ways.")
     parser.add_argument("images", type=Path, nargs="?", help="folder of a class, in MVTec layout")
-    parser.add_argument("--variants", nargs="+", default=["affine-permutation", "additive-lu"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--variants", nargs="+", default=["affine", "additive-lu"], help=", ".join(grid.VARIANTS))
+    parser.add_argument("--seeds", nargs="+", default=["0"], help="as in: 0 1 2, or 0-4")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--loss", default="anomalib", choices=["anomalib", "mle"])
@@ -481,20 +481,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     files = []
     if given.images:
-        settings = [
-            Rescoring(
-                coupling=variant.partition("-")[0],
-                mixing=variant.partition("-")[2],
-                seed=seed,
-                epochs=given.epochs,
-                size=given.size,
-                loss_kind=given.loss,
-            )
-            for seed in given.seeds
-            for variant in given.variants
-        ]
+        try:
+            settings = [
+                Rescoring(
+                    coupling=variant.coupling,
+                    mixing=variant.mixing,
+                    seed=seed,
+                    epochs=given.epochs,
+                    size=given.size,
+                    loss_kind=given.loss,
+                )
+                for seed in grid.whole_numbers(given.seeds)
+                for variant in grid.variants(given.variants)
+            ]
+            images = read(given.images)
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
         files = run(
-            read(given.images),
+            images,
             settings,
             given.out,
             weights=given.weights,
