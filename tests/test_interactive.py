@@ -253,8 +253,11 @@ def test_phone(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(150)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
-    heights = """() => [...document.querySelectorAll("usf-figure text")].map(
-      t => parseFloat(getComputedStyle(t).fontSize) * t.getCTM().a)"""
+    # A label along a vertical axis is turned: its scale is the length of the matrix's first column.
+    heights = """() => [...document.querySelectorAll("usf-figure text")].map(t => {
+      const m = t.getCTM();
+      return parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b);
+    })"""
     assert min(page.evaluate(heights)) >= 9
     assert page.locator("usf-figure input").bounding_box()["height"] >= 24  # type: ignore[index]
 
