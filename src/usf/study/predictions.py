@@ -48,14 +48,15 @@ def _about(record: Record, level: str) -> dict[str, Any]:
     return {name: getattr(record, name) for name in names} | {"level": level}
 
 
-def likelihood_runs(records: Iterable[Record], folder: Path | None = None) -> list[Record]:
-    """What H5 needs beside the library's loss: U-Flow's trainings with the likelihood, wherever they are on record.
+def likelihood_runs(records: Iterable[Record], folder: Path | None = None, *, detector: str = "uflow") -> list[Record]:
+    """What H5 needs beside the library's loss: a detector's trainings with the likelihood, wherever they are on record.
 
     The ablation trains them, and keeps them in a folder of its own.
 
     Args:
         records: of the benchmark, in all losses and protocols.
         folder: of the ablation's records, by default ``data/results/ablation``; one that does not exist has none.
+        detector: H5 is about U-Flow.
 
     Returns:
         the rows of both with the main protocol, in all scores; of a training that is in both, the later row.
@@ -65,7 +66,7 @@ def likelihood_runs(records: Iterable[Record], folder: Path | None = None) -> li
     """
     folder = paths.results("ablation") if folder is None else folder
     both = [*records, *(schema.read(folder) if folder.is_dir() else [])]
-    return schema.latest(select(both, detector="uflow", loss="mle", protocol="main"))
+    return schema.latest(select(both, detector=detector, loss="mle", protocol="main"))
 
 
 def losses(records: Iterable[Record], score: str = "anomalib") -> pd.DataFrame:
