@@ -98,6 +98,7 @@ def test_fibres_have_a_line_a_training_in_every_panel() -> None:
     rows = pd.DataFrame(
         {
             "category": category, "coupling": coupling, "epochs": 2, "seed": seed, "epoch": epoch, "way": way,
+            "mixing": "lu", "size": 128, "loss_kind": loss,
             "image_auroc": 0.9, "pixel_auroc": 0.8 + 0.01 * epoch, "max_log_prob": float(epoch),
         }
         for category in ("bottle", "hazelnut")
@@ -105,9 +106,10 @@ def test_fibres_have_a_line_a_training_in_every_panel() -> None:
         for seed in (0, 1)
         for epoch in (2, 1)
         for way in ("log_prob", "norm")
+        for loss in ("anomalib", "mle")
     )  # fmt: skip
     figure = benchmark.fibres_over_epochs(rows, ceiling=-0.9)
-    assert [len(axis.get_lines()) for axis in figure.axes] == [8, 8, 9]
+    assert [len(axis.get_lines()) for axis in figure.axes] == [16, 16, 17]
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == pytest.approx([81.0, 82.0])
     with pytest.raises(ValueError, match="stock"):
         benchmark.fibres_over_epochs(rows, ceiling=0.0, way="stock")

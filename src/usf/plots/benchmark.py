@@ -326,17 +326,20 @@ def fibres_over_epochs(rows: pd.DataFrame, *, ceiling: float, way: str = "log_pr
         "max_log_prob": ("largest ln p / C, nats", 1.0),
     }
     figure, axes = plt.subplots(1, 3, figsize=(8.2, 2.7))
-    styles = dict(zip(dict.fromkeys(own["category"]), ("-", "--", ":"), strict=False))
+    # What a line's dashes say: the class, and the loss where it is not the library's.
+    own = own.assign(shown=own["category"] + own["loss_kind"].map({"anomalib": "", "mle": ", likelihood"}))
+    styles = dict(zip(dict.fromkeys(own["shown"]), ("-", "--", ":", "-."), strict=False))
+    apart = ["shown", "coupling", "mixing", "size", "epochs", "seed"]
     for axis, (column, (label, scale)) in zip(axes, panels.items(), strict=True):
-        for (category, coupling, _, _), line in own.groupby(["category", "coupling", "epochs", "seed"], sort=False):
+        for (shown, coupling, *_), line in own.groupby(apart, sort=False):
             line = line.sort_values("epoch")
-            axis.plot(line["epoch"], scale * line[column], styles[category], color=_color(str(coupling)), lw=1.6)
+            axis.plot(line["epoch"], scale * line[column], styles[shown], color=_color(str(coupling)), lw=1.6)
         axis.set_ylabel(label)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].axhline(ceiling, color=INK, lw=0.8, ls=":")
     names = {"affine": "affine", "additive": "additive + LU", "gin": "GIN"}
     handles = [Line2D([], [], color=_color(c), label=names[c]) for c in dict.fromkeys(own["coupling"])]
-    handles += [Line2D([], [], color=INK, ls=style, label=category) for category, style in styles.items()]
+    handles += [Line2D([], [], color=INK, ls=style, label=shown) for shown, style in styles.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     return figure
