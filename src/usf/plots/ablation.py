@@ -49,15 +49,18 @@ def _face(variant: str) -> str:
     return color(variant) if variant.endswith("LU") else "none"
 
 
-def _symlog(axis: Axes, reach: float, letter: str = "x") -> None:
-    """Linear within one percent point, logarithmic beyond."""
+def _symlog(axis: Axes, reach: float, letter: str = "x", *, narrow: bool = False) -> None:
+    """Linear within one percent point, logarithmic beyond; in a narrow panel the ticks at one point have no number."""
     scaled = getattr(axis, f"{letter}axis")
     getattr(axis, f"set_{letter}scale")("symlog", linthresh=1.0, linscale=0.7)
     getattr(axis, f"set_{letter}lim")(-reach, reach)
     ticks = [sign * value for value in (1, 10) for sign in (-1, 1) if value <= reach]
     scaled.set_major_locator(FixedLocator([*ticks, 0]))
     scaled.set_minor_locator(NullLocator())
-    scaled.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}" if value else "0"))
+    bare = (1,) if narrow else ()
+    scaled.set_major_formatter(
+        FuncFormatter(lambda value, _: "" if abs(value) in bare else f"{value:+.0f}" if value else "0")
+    )
 
 
 def _rows(axis: Axes, labels: Sequence[str]) -> None:
@@ -289,7 +292,7 @@ def contrasts(table: pd.DataFrame) -> Figure:
         axis.grid(axis="x")
         axis.set_title(name, fontsize=10)
         _rows(axis, [f"{paper.DETECTORS[key[0]]}, {name_of(*key[1:])}" for key in groups])
-        _symlog(axis, 40)
+        _symlog(axis, 40, narrow=True)
     figure.supxlabel("effect on AUROC, percent points", color=INK, fontsize=10)
     handles = [
         Line2D([], [], color=INK, marker=marker, markerfacecolor=face, ms=4.5, label=level)
