@@ -49,8 +49,7 @@ from usf.calibration import (
 from usf.detectors import FastflowModel, FlowOptions, Weights
 from usf.detectors.backbones import LAYERS
 from usf.detectors.export import Resize, fused
-from usf.files import atomic_write
-from usf.inspection import reason
+from usf.files import atomic_write, reason
 from usf.study import detection
 from usf.study.images import batches, load_images, normalise
 from usf.study.records import provenance

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files: there whole or not at all, and why one cannot be read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "reason"]
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
@@ -28,3 +28,11 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, without the machine's path in it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).split("'")[0].strip() or type(error).__name__
+    return "not an image" if text.startswith("cannot identify") else text

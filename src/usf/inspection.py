@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from usf.calibration import CalibrationError, ChiLaw, normals_needed, tail_rank
-from usf.files import atomic_write
+from usf.files import atomic_write, reason
 from usf.study.catalogue import ImageFolderError
 from usf.study.images import SUFFIXES, Sample, batches, load_masks, upright
 from usf.study.records import hardware, settings_hash, write_json
@@ -52,7 +52,6 @@ __all__ = [
     "files_below",
     "inspect",
     "plan",
-    "reason",
     "survey",
     "train",
 ]
@@ -193,14 +192,6 @@ def files_below(folder: Path, recursive: bool = True) -> list[Path]:
         path for path in found
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )  # fmt: skip
-
-
-def reason(error: Exception) -> str:
-    """Why an image cannot be read, without the machine's path in it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).split("'")[0].strip() or type(error).__name__
-    return "not an image" if text.startswith("cannot identify") else text
 
 
 def _look(path: Path) -> tuple[tuple[int, int], str, str, bool]:
