@@ -199,35 +199,63 @@ def test_affine_with_permutation_is_the_stock_model(stock_and_own: tuple[StockCf
 
 
 def test_one_epoch_is_one_of_the_stock_model(stock_and_own: tuple[StockCflow, Cflow]) -> None:
-    """Lightning's training step, and the losses from cached features, against anomalib's step from the same seed."""
+    """Lightning's training step, and the fast path on cached features, against anomalib's step from the same seed."""
     stock, own = (copy.deepcopy(detector) for detector in stock_and_own)
-    cached = copy.deepcopy(own.model)
+    cached, seed = copy.deepcopy(own.model), 11
     before = copy.deepcopy(stock.model.state_dict())
-    batches = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(6)).split((4, 5))
+    images = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
     logged = []
     for detector in (stock, own):
         alone = Alone(detector)
-        torch.manual_seed(11)
-        for part in batches:
-            detector.training_step(ImageBatch(image=part))
+        torch.manual_seed(seed)
+        for part in order.split((5, 4)):
+            detector.training_step(ImageBatch(image=images[part]))
         logged.append(alone.logged)
     assert logged[1] == pytest.approx(logged[0], rel=1e-6)
 
-    optimiser, steps = cached.optimiser(), 0
-    torch.manual_seed(11)
-    for part in batches:
-        for loss in cached.losses(cached.features(part)):
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            steps += 1
-    assert steps == sum(count * side**2 // 64 for count in (4, 5) for side in (16, 8, 4))
+    features = Features(tuple(cached.features(images)))
+    history = detection.fit(cached, features, epochs=1, batch_size=5, seed=seed, progress=False)
+    assert history.steps == sum(count * side**2 // 64 for count in (5, 4) for side in (16, 8, 4))
     expected = stock.model.state_dict()
     for key, value in expected.items():
         assert torch.allclose(own.model.state_dict()[key], value, atol=1e-5), key
         assert torch.allclose(cached.state_dict()[key], value, atol=1e-5), key
     moved = [key for key in expected if not torch.equal(before[key], expected[key])]
     assert any("subnet" in key for key in moved)
+
+
+@pytest.mark.parametrize("loss", ["anomalib", "mle"])
+@pytest.mark.parametrize("options", ALL, ids=name)
+def test_joined_parameters_have_the_gradients_of_autograd(options: FlowOptions, loss: str, features: Features) -> None:
+    maps = features.batch(slice(0, 3))
+    plain, joined = (model(options, loss=loss, fiber_batch_size=40) for _ in range(2))
+    draws = [torch.Generator().manual_seed(7) for _ in range(2)]
+    named = [dict(detector.decoders.named_parameters()) for detector in (plain, joined)]
+    optimiser = torch.optim.Adam(plain.trainable_parameters(), lr=plain.lr)
+    with joined.fitting() as own_optimiser:
+        pairs = zip(plain.losses(maps, draws[0]), joined.gradients(maps, draws[1]), strict=True)
+        for steps, (expected, value) in enumerate(pairs, start=1):
+            assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+            optimiser.zero_grad()
+            expected.backward()
+            optimiser.step()
+            own_optimiser.step()
+            own_optimiser.zero_grad()
+            for key, parameter in named[0].items():
+                assert torch.allclose(named[1][key], parameter, atol=2e-6), (steps, key)
+        assert steps > 3
+        memory = named[1]["0.module_list.0.subnet.0.weight"].untyped_storage().nbytes()
+    parameter = named[1]["0.module_list.0.subnet.0.weight"]
+    assert memory > parameter.untyped_storage().nbytes() == 4 * parameter.numel(), "memory of its own again"
+
+
+def test_joined_parameters_are_all_trained() -> None:
+    frozen = model(STOCK)
+    for parameter in frozen.decoders.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad=False"), frozen.fitting():
+        pass
 
 
 def test_too_few_fibres_are_one_step_here_and_an_error_in_anomalib(

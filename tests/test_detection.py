@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
 from usf.detectors import FlowOptions, resolve
-from usf.detectors.model import DetectorModel, Latents
+from usf.detectors import model as model_module
+from usf.detectors.coupling import Coupling
+from usf.detectors.model import DetectorModel, Latents, Loss
 from usf.study import detection
 from usf.study.detection import FitHistory, NotFiniteError
 from usf.study.features import Features
@@ -140,6 +143,29 @@ def test_first_bad_loss_is_named_though_losses_are_looked_at_in_bulk(step: int) 
     with pytest.raises(NotFiniteError, match=message) as caught:
         detection.fit(toy, TOY, epochs=12, batch_size=3, progress=False)
     assert (caught.value.epoch, caught.value.steps) == (epoch, step - 1)
+
+
+@pytest.mark.parametrize("detector", ["fastflow", "uflow"])
+@pytest.mark.parametrize("loss", ["anomalib", "mle"])
+@pytest.mark.parametrize("coupling", ["affine", "gin", "additive"])
+def test_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
+    detector: Literal["fastflow", "uflow"], loss: Loss, coupling: Coupling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = detection.build(detector, SIZE, WEIGHTS, FlowOptions(coupling=coupling), seed=0, loss=loss, flow_steps=2)
+    maps = model.features(torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    calls: list[int] = []
+    latents = model.latents
+    monkeypatch.setattr(model, "latents", lambda own: calls.append(len(own[0])) or latents(own))
+    found = []
+    for size in (model_module.PART_BYTES, 2 * 4 * maps[0][0].numel(), 1):
+        monkeypatch.setattr(model_module, "PART_BYTES", size)
+        model.zero_grad()
+        (value,) = model.gradients(maps)
+        found.append([value, *(parameter.grad for parameter in model.trainable_parameters())])
+    assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for parts in found[1:]:
+        for own, whole in zip(parts, found[0], strict=True):
+            assert torch.allclose(own, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_long_epoch_does_not_go_on_after_a_bad_loss() -> None:

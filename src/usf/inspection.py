@@ -602,11 +602,11 @@ def train(
             total = 0.0
             for part in batches(count, batch_size):
                 maps = features.batch(order[part])
-                for loss in model.losses(maps):
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
+                optimiser.zero_grad(set_to_none=True)
+                for loss in model.gradients(maps):
                     optimiser.step()
-                    total += float(loss.detach()) * len(maps[0])
+                    optimiser.zero_grad(set_to_none=True)
+                    total += float(loss) * len(maps[0])
                 bar.update(len(maps[0]))
             if not math.isfinite(total):
                 raise NotFiniteError(f"{label}: the loss is {total} in epoch {epoch}", epoch=epoch)

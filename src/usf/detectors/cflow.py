@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from usf.detectors import backbones
 from usf.detectors.backbones import Weights
-from usf.detectors.coupling import Coupling, Diagonal, FlowOptions, Mixing, building_with
+from usf.detectors.coupling import Block, Coupling, Diagonal, FlowOptions, Mixing, building_with
 from usf.detectors.export import Chain
-from usf.detectors.fibres import Decoder, decode, decode_maps
+from usf.detectors.fibres import Decoder, Joined, decode, decode_maps
 from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 
@@ -70,6 +70,7 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
 
     label = "CFlow"
     align_corners = True
+    summable = False
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
         self.score = score
         self.lr = lr
         self.precision = precision
+        self._joined: list[Joined] | None = None
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Normalised images (N, 3, H, W) -> frozen feature maps (N, C_i, H_i, W_i), without a graph."""
@@ -172,9 +174,27 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
         self, features: Sequence[Tensor], generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, int]]:
         """:meth:`losses`, each with the number of fibres that it is the mean of."""
+        for blocks, parts in zip(self._decoders(), self._fibres(features, generator), strict=True):
+            flow = Decoder(blocks)
+            for fibres, conditions in parts:
+                with torch.enable_grad(), self._precision(fibres):
+                    z, log_det = flow(fibres, conditions)
+                    log_prob = _log_prob(z.square().sum(dim=1), log_det, z.shape[1])
+                    loss = -F.logsigmoid(log_prob) if self.loss_kind == "anomalib" else -log_prob
+                    mean = loss.mean()
+                yield mean, len(z)
+
+    def _decoders(self) -> list[list[Block]]:
+        """The blocks of each layer's flow."""
+        return [list(decoder.module_list) for decoder in self.decoders]  # type: ignore[arg-type]
+
+    def _fibres(
+        self, features: Sequence[Tensor], generator: torch.Generator | None
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """For each layer its steps: fibres (n, C) in random order and their conditions (n, P)."""
         source = torch.device("cpu") if generator is None else generator.device
-        for decoder, maps in zip(self.decoders, features, strict=True):
-            flow = Decoder(list(decoder.module_list))  # type: ignore[arg-type]
+
+        def parts(maps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             channels, positions = maps.shape[1], maps.shape[2] * maps.shape[3]
             table = self.conditions(*maps.shape[2:])
             rows = maps.detach().permute(0, 2, 3, 1).reshape(-1, channels)
@@ -184,12 +204,47 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
             for step in range(count):
                 start = step * self.fiber_batch_size
                 part = slice(start, start + self.fiber_batch_size if step < count - 1 else None)
-                with torch.enable_grad(), self._precision(rows):
-                    z, log_det = flow(rows.index_select(0, order[part]), table.index_select(0, where[part]))
-                    log_prob = _log_prob(z.square().sum(dim=1), log_det, channels)
-                    loss = -F.logsigmoid(log_prob) if self.loss_kind == "anomalib" else -log_prob
-                    mean = loss.mean()
-                yield mean, len(z)
+                yield rows.index_select(0, order[part]), table.index_select(0, where[part])
+
+        return map(parts, features)
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[torch.optim.Optimizer]:
+        """:meth:`optimiser` on one tensor a layer; see :class:`usf.detectors.fibres.Joined`.
+
+        The numbers are those of training without, up to rounding. Do not move the model inside the context.
+
+        Raises:
+            ValueError: a parameter of the flow that is not to be trained.
+        """
+        self._joined = [Joined(blocks) for blocks in self._decoders()]
+        try:
+            yield torch.optim.Adam([joined.parameter for joined in self._joined], lr=self.lr, fused=True)
+        finally:
+            for joined in self._joined:
+                joined.separate()
+            self._joined = None
+
+    def gradients(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """See :meth:`DetectorModel.gradients <usf.detectors.model.DetectorModel.gradients>`."""
+        if self._joined is None:
+            yield from super().gradients(features, generator)
+            return
+
+        for joined, parts in zip(self._joined, self._fibres(features, generator), strict=True):
+            for fibres, conditions in parts:
+                with self._precision(fibres):
+                    yield joined.gradients_of(fibres, conditions, self._slopes)
+
+    def _slopes(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of fibres z (C, n) with ln|det| (n,), and its gradients at both."""
+        channels, count = z.shape
+        log_prob = _log_prob(z.square().sum(dim=0), log_det, channels)
+        if self.loss_kind == "anomalib":
+            loss, slope = -F.logsigmoid(log_prob), torch.sigmoid(-log_prob) / (-channels * count)
+        else:
+            loss, slope = -log_prob, torch.full_like(log_prob, -1 / (channels * count))
+        return loss.mean(), z * -slope, slope
 
     def _precision(self, tensor: Tensor) -> contextlib.AbstractContextManager[object]:
         if self.precision == "bfloat16":

@@ -7,7 +7,7 @@ position is its mean squared latent, in the log domain; the score of an image is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,11 +102,11 @@ class FastflowModel(torch_model.FastflowModel, DetectorModel):
             log_dets.append(total)
         return Latents(hidden, log_dets)
 
-    def losses(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """One: the mean over images of ||z||^2 / 2 - ln|det|, summed over the stages."""
+    def loss(self, features: Sequence[Tensor], images: int) -> Tensor:
+        """||z||^2 / 2 - ln|det|, summed over stages and these images, divided by the ``images`` of the batch."""
         hidden, log_dets = self.latents(features)
         energy = torch.stack([0.5 * z.square().sum() for z in hidden]).sum()
-        yield (energy - torch.stack([log_det.sum() for log_det in log_dets]).sum()) / len(hidden[0])
+        return (energy - torch.stack([log_det.sum() for log_det in log_dets]).sum()) / images
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with learning rate 1e-3 and weight decay 1e-5 (section 5.1)."""

@@ -7,6 +7,7 @@ all three.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -21,6 +22,10 @@ __all__ = ["DetectorModel", "Latents", "Loss", "Score"]
 
 Loss = Literal["mle", "anomalib"]
 Score = Literal["norm", "log_prob", "anomalib"]
+
+
+PART_BYTES = 16 << 20
+"""Of the largest feature map of the images that are trained on at a time on a processor."""
 
 
 class Latents(NamedTuple):
@@ -56,6 +61,7 @@ class DetectorModel(nn.Module):
         loss_is_nll: whether :meth:`losses` are the mean over images of the negative log-likelihood, in nats and
             without the base density's constant.
         align_corners: of the bilinear interpolation to the input size, as in anomalib's model of the same name.
+        summable: whether a batch has one loss, a sum over its images, see :meth:`loss`.
     """
 
     label: str
@@ -65,6 +71,7 @@ class DetectorModel(nn.Module):
     input_size: tuple[int, int]
     loss_is_nll = False
     align_corners = False
+    summable = True
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Normalised images (N, 3, H, W) -> frozen feature maps (N, C_i, H_i, W_i), without a graph.
@@ -77,6 +84,15 @@ class DetectorModel(nn.Module):
         """Frozen feature maps -> latent maps and log-determinants."""
         raise NotImplementedError
 
+    def loss(self, features: Sequence[Tensor], images: int) -> Tensor:
+        """What some images add to the loss, 0-dim, of a batch of ``images``; where a batch has one loss.
+
+        Args:
+            features: frozen feature maps of the whole batch, or of a part of it.
+            images: of the batch.
+        """
+        raise NotImplementedError
+
     def losses(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """The 0-dim losses of one batch, one per optimiser step: the caller steps between two of them.
 
@@ -84,11 +100,40 @@ class DetectorModel(nn.Module):
             features: frozen feature maps.
             generator: of random draws, where the detector shuffles within a batch; torch's own stream by default.
         """
-        raise NotImplementedError
+        del generator
+        yield self.loss(features, len(features[0]))
+
+    def gradients(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """:meth:`losses`, detached, with their gradients added to the parameters': clear these after every step.
+
+        On a processor a loss that is a sum over images is summed over a few at a time, up to rounding the same: the
+        intermediate results stay in the caches, the allocator keeps their memory, and the peak is that of a few images.
+        """
+        parts = [slice(0, len(features[0]))]
+        if self.summable and features[0].device.type == "cpu":
+            largest = max(level[0].numel() * level.element_size() for level in features)
+            size = max(1, PART_BYTES // largest)
+            parts = [slice(start, start + size) for start in range(0, len(features[0]), size)]
+        if len(parts) == 1:
+            for loss in self.losses(features, generator):
+                loss.backward()
+                yield loss.detach()
+            return
+        total = features[0].new_zeros(())
+        for part in parts:
+            share = self.loss([level[part] for level in features], len(features[0]))
+            share.backward()
+            total += share.detach()
+        yield total
 
     def optimiser(self) -> torch.optim.Optimizer:
         """The optimiser of section 5.1 and of anomalib, over :meth:`trainable_parameters`."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[torch.optim.Optimizer]:
+        """:meth:`optimiser`, for :meth:`gradients` inside the context; a detector may keep its parameters otherwise."""
+        yield self.optimiser()
 
     def epoch_schedule(self, optimiser: torch.optim.Optimizer) -> LRScheduler | None:
         """What the caller steps after every epoch; ``None`` where the learning rate does not change with epochs."""

@@ -8,7 +8,7 @@ image is the largest of its map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -183,13 +183,12 @@ class UflowModel(torch_model.UflowModel, DetectorModel):
                 raise TypeError(f"{type(module).__name__} in anomalib's U-Flow, where no such step is known")
         return Latents([z, *reversed(hidden)], [log_det, *reversed(log_dets)])
 
-    def losses(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """One, see ``loss`` above: ``"mle"`` is the mean over images of ||z||^2 / 2 - ln|det|."""
+    def loss(self, features: Sequence[Tensor], images: int) -> Tensor:
+        """What these images add, see ``loss`` above: ``"mle"`` is the mean over images of ||z||^2 / 2 - ln|det|."""
         hidden, log_dets = self.latents(features)
         energy = torch.stack([0.5 * z.square().sum() for z in hidden]).sum()
         log_det = torch.stack([part.sum() for part in log_dets]).sum()
-        images = len(hidden[0])
-        yield (energy - log_det) / images if self.loss_kind == "mle" else energy - log_det / images
+        return (energy - log_det) / images if self.loss_kind == "mle" else energy - log_det / images
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with learning rate 1e-3 and weight decay 1e-5 (section 5.1).

@@ -306,28 +306,30 @@ def fit(
     # Two streams: the order of the images is the same for every detector and coupling.
     shuffle = torch.Generator().manual_seed(seed)
     draws = torch.Generator(device).manual_seed(seed)
-    optimiser = model.optimiser()
-    if lr is not None:
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-    schedule = model.epoch_schedule(optimiser)
     history = FitHistory(stopping, initial_digest(model))
     rule = Patience(patience)
     best: list[Tensor] | None = None
     watching = 0.0
     start = time.perf_counter()
-    with tqdm(total=epochs * len(features), desc=label or model.label, unit="image", disable=not progress) as bar:
+    with (
+        model.fitting() as optimiser,
+        tqdm(total=epochs * len(features), desc=label or model.label, unit="image", disable=not progress) as bar,
+    ):
+        if lr is not None:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+        schedule = model.epoch_schedule(optimiser)
         for epoch in range(1, epochs + 1):
             model.train()
             order = torch.randperm(len(features), generator=shuffle)
             checker = _Losses(name, epoch, history)
             for part in batches(len(features), batch_size):
                 maps = [level.to(device) for level in features.batch(order[part])]
-                for loss in model.losses(maps, draws):
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
+                optimiser.zero_grad(set_to_none=True)
+                for loss in model.gradients(maps, draws):
                     optimiser.step()
-                    checker.add(loss.detach(), len(maps[0]))
+                    optimiser.zero_grad(set_to_none=True)
+                    checker.add(loss, len(maps[0]))
                 bar.update(len(maps[0]))
             if schedule is not None:
                 schedule.step()
