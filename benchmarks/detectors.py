@@ -54,8 +54,8 @@ CELLS: dict[str, dict[str, Any]] = {
 COLUMNS = [
     "cell", "side", "repeats", "models", "train_images", "test_images", "epochs", "size", "backbone", "weights",
     "seconds", "seconds_q25", "seconds_q75", "epoch_seconds", "setup_seconds", "peak_mb", "ratio", "ratio_q25",
-    "ratio_q75", "epoch_ratio", "image_auroc", "pixel_auroc", "images", "manifest_sha256", "device", "threads",
-    "revision", "settings_hash",
+    "ratio_q75", "epoch_ratio", "image_auroc", "pixel_auroc", "images", "manifest_sha256", "device", "processor",
+    "threads", "revision", "settings_hash",
 ]
 # fmt: on
 SIDES = ("engine", "fast", "fast grid", "networks")
@@ -333,7 +333,7 @@ def run(
     weights: str | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure, and write ``out`` (CSV) with ``detectors.json`` (provenance) beside it; cells of other runs stay.
+    """Measure, and write ``out`` (CSV) with a JSON file of each cell's provenance beside it; other cells stay.
 
     Args:
         out: CSV file.
@@ -347,7 +347,8 @@ def run(
     from usf.study.images import find
 
     started, provenance = time.perf_counter(), records.provenance(("torch", "anomalib", "timm", "lightning"))
-    chosen = find(images)
+    beside, chosen = out.with_suffix(".json"), find(images)
+    conditions: dict[str, Any] = json.loads(beside.read_text("utf8")) if beside.is_file() else {}
     rows = [row for row in (records.read_csv(out) if out.is_file() else []) if row["cell"] not in cells]
     for name in cells:
         cell: dict[str, Any] = CELLS[name] | (overrides or {}) | {"weights": weights}
@@ -366,13 +367,16 @@ def run(
             "weights": find_weights(cell).describe(),
             "images": f"{part.name}: {part.source}",
             "manifest_sha256": part.manifest.sha256[:12],
+            "processor": provenance["hardware"]["cpu"],
             "revision": provenance["revision"],
             "settings_hash": records.settings_hash(cell | {"seed": SEED, "batch": BATCH, "sides": own_sides}),
         }
         rows += [row | shared for row in summary(name, cell, found)]
         records.write_csv(out, rows, COLUMNS, digits=4)
-        provenance |= {"wall_seconds": round(time.perf_counter() - started, 1), "load": list(os.getloadavg())}
-        records.write_json(out.with_suffix(".json"), provenance)
+        # What was measured before other cells of the same call is in the time since it started.
+        until = {"wall_seconds": round(time.perf_counter() - started, 1), "load": list(os.getloadavg())}
+        conditions[name] = provenance | until
+        records.write_json(beside, conditions)
     return rows
 
 

@@ -83,6 +83,7 @@ def records(tmp_path: Path, **changes: Any) -> Path:
     for cell, side in itertools.product(speed.EPOCH_GOALS, ("engine", "fast", "fast grid")):
         row = {"cell": cell, "side": side, "models": 9 if side == "fast grid" else 1, "seconds": 10.0}
         row |= {"epoch_seconds": 1.0, "setup_seconds": 2.0, "peak_mb": 900.0}
+        row |= {"device": "cpu", "processor": "A" if cell == "CFlow" else "B", "threads": 2}
         row |= {"ratio": {"engine": 1.0, "fast": 4.0, "fast grid": 0.5}[side], "epoch_ratio": 10.0}
         rows.append(row | changes)
     path = tmp_path / "detectors.csv"
@@ -100,6 +101,14 @@ def test_goals_are_read_off_the_records(tmp_path: Path) -> None:
     assert "FastFlow's 5 is met (10.0)" in text
     assert "U-Flow's 20 is missed (10.0)" in text
     assert "for CFlow it is met (2.0)" in text
+
+
+def test_machines_are_named_by_detector(tmp_path: Path) -> None:
+    rows = speed.detectors(records(tmp_path))
+    assert rows is not None
+    assert speed.detector_machines(rows) == "FastFlow, U-Flow on B with 2 threads; CFlow on A with 2 threads"
+    one = rows[rows["cell"] == "CFlow"].assign(device="NVIDIA H200")
+    assert speed.detector_machines(one) == "CFlow on NVIDIA H200 with 2 threads"
 
 
 def test_goals_that_were_not_measured_are_said_not_to_be(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def detectors(path: str | Path | None = None) -> pd.DataFrame | None:
         return None
     rows = pd.read_csv(path)
     needed = {"cell", "side", "models", "seconds", "epoch_seconds", "setup_seconds", "peak_mb", "ratio", "epoch_ratio"}
+    needed |= {"device", "processor", "threads"}
     if missing := needed - set(rows.columns):
         raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}: run benchmarks/detectors.py again")
     return rows
@@ -144,6 +145,19 @@ def detector_goals(rows: pd.DataFrame | None) -> pd.DataFrame:
                 values["grid_cost"] = 1 / float(own["ratio"].to_dict()["fast grid"])
         found.append({"cell": cell, **values, "epoch_goal": goal, "grid_goal": GRID_GOAL})
     return pd.DataFrame(found)
+
+
+def detector_machines(rows: pd.DataFrame) -> str:
+    """Which detector was measured on what, for the prose.
+
+    Args:
+        rows: see :func:`detectors`.
+    """
+    machines = rows.groupby(["device", "processor", "threads"], sort=False)["cell"].unique()
+    return "; ".join(
+        f"{', '.join(cells)} on {processor if device == 'cpu' else device} with {threads} threads"
+        for (device, processor, threads), cells in machines.items()
+    )
 
 
 def detector_run_ratio(rows: pd.DataFrame, cell: str, epochs: int) -> float:
