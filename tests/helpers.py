@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from usf.study import textures
+
 if TYPE_CHECKING:  # anomalib, which is behind it, is an extra
+    from anomalib.data import Folder
+
     from usf.detectors import FlowOptions
 
 
@@ -23,3 +28,24 @@ def disturb(module: nn.Module, scale: float = 0.05) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def weave(train: int, evaluate: int = 5, kinds: Sequence[str] = tuple(textures.DEFECTS), masks: bool = True) -> Folder:
+    """The small built-in image set as anomalib's data module, with batches of these sizes.
+
+    Five images to evaluate are several batches, so that an area that squashes each on its own would differ.
+    """
+    from anomalib.data import Folder
+
+    return Folder(
+        name="weave",
+        root=textures.ensure(small=True),
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{kind}" for kind in kinds],
+        mask_dir=[f"ground_truth/{kind}" for kind in kinds] if masks else None,
+        train_batch_size=train,
+        eval_batch_size=evaluate,
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )

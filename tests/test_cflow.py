@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
-from anomalib.data import Folder, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import Cflow as StockCflow
 from anomalib.models.image.cflow import utils
@@ -24,7 +24,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
-from helpers import disturb, name
+from helpers import disturb, name, weave
 from usf import paths
 from usf.detectors import Block, Cflow, CflowModel, FlowOptions, backbones, fibres, resolve
 from usf.detectors.coupling import building_with
@@ -526,18 +526,7 @@ def test_checkpoint_brings_choice_and_backbone(tmp_path: Path, images: Tensor) -
 
 def test_runs_in_anomalibs_engine_and_its_areas_are_the_exact_ones(tmp_path: Path) -> None:
     root = textures.ensure(small=True)
-    data = Folder(
-        name="weave",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
-        mask_dir=[f"ground_truth/{kind}" for kind in textures.DEFECTS],
-        train_batch_size=6,
-        eval_batch_size=5,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    data = weave(6)
     detector = Cflow(
         backbone="resnet18",
         layers=LAYERS,

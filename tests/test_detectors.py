@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
-from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Fastflow as StockFastflow
 from anomalib.models.components.flow import AllInOneBlock
@@ -24,7 +23,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
-from helpers import disturb, name
+from helpers import disturb, name, weave
 from usf.detectors import Block, Fastflow, FastflowModel, FlowOptions, backbones, resolve
 from usf.detectors.coupling import Mixing, building_with
 from usf.detectors.model import Latents
@@ -228,6 +227,22 @@ def test_fast_path_trains_as_the_stock_model_does(
         assert torch.allclose(own.model.state_dict()[key], value, atol=1e-5), key
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (112, 32)])
+def test_any_size_in_steps_of_16_and_any_batch(size: tuple[int, int], count: int) -> None:
+    """Trains, scores every pixel, and a uniformly scaling flow's log-determinant stays one number."""
+    detector = FastflowModel(size, WEIGHTS, FlowOptions(diagonal="learned"), flow_steps=2)
+    disturb(detector)
+    maps = detector.features(torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1)))
+    (loss,) = detector.gradients(maps)
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in detector.trainable_parameters())
+    with torch.no_grad():
+        latents = detector.latents(maps)
+        assert detector.maps(latents).shape == (count, 1, *size)
+    assert all(log_det.unique().numel() == 1 for log_det in latents.log_dets)
+
+
 @pytest.mark.parametrize("options", [FlowOptions(), FlowOptions(coupling="gin", mixing="permutation")], ids=name)
 def test_uniformly_scaling_detector_has_one_determinant(options: FlowOptions, features: Features) -> None:
     uniform = detection.evaluate(model(options), features)
@@ -280,18 +295,7 @@ def test_checkpoint_brings_choice_and_backbone(tmp_path: Path, images: Tensor) -
 
 def test_runs_in_anomalibs_engine_and_its_areas_are_the_exact_ones(tmp_path: Path) -> None:
     root = textures.ensure(small=True)
-    data = Folder(
-        name="weave",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
-        mask_dir=[f"ground_truth/{kind}" for kind in textures.DEFECTS],
-        train_batch_size=6,
-        eval_batch_size=5,  # several batches, so that an area that squashes each on its own would differ
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    data = weave(6)
     detector = Fastflow(
         flow_steps=1,
         backbone_weights="random",

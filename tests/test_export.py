@@ -29,7 +29,6 @@ from usf.detectors.cflow import Cflow, CflowModel
 from usf.detectors.coupling import Block
 from usf.detectors.export import Chain, Resize, exportable, fused
 from usf.detectors.model import DetectorModel
-from usf.study import textures
 
 SIZE = 32
 WEIGHTS = resolve("random", announce=None)
@@ -213,18 +212,7 @@ def test_anomalib_itself_exports_another_resizing_than_it_trains_with() -> None:
 
 @pytest.fixture(scope="module")
 def data() -> Folder:
-    return Folder(
-        name="weave",
-        root=textures.ensure(small=True),
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=["test/hole", "test/stain"],
-        mask_dir=["ground_truth/hole", "ground_truth/stain"],
-        train_batch_size=6,
-        eval_batch_size=3,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    return helpers.weave(6, 3, kinds=("hole", "stain"))
 
 
 def trained(detector: Any, data: Folder, folder: Path) -> tuple[Engine, dict[str, np.ndarray], np.ndarray]:

@@ -21,6 +21,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 pytest.importorskip("timm", reason="needs the detectors extra")
 
+from helpers import weave
 from usf.detectors import resolve
 from usf.detectors.backbones import Weights
 from usf.hybrid import PRIORS, FlowVAE, Scores, Settings, calibrated, decoder_depth
@@ -458,7 +459,6 @@ def test_importing_the_package_imports_neither_anomalib_nor_timm() -> None:
 
 def test_runs_in_anomalibs_engine_with_the_areas_of_its_scores(tmp_path: Path) -> None:
     pytest.importorskip("anomalib", reason="needs the detectors extra")
-    from anomalib.data import Folder
     from anomalib.engine import Engine
     from anomalib.post_processing import PostProcessor
 
@@ -467,17 +467,7 @@ def test_runs_in_anomalibs_engine_with_the_areas_of_its_scores(tmp_path: Path) -
     from usf.study.images import load_images, read
 
     root = textures.ensure(small=True)
-    data = Folder(
-        name="weave",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
-        train_batch_size=6,
-        eval_batch_size=5,  # several batches, so that an area that squashes each on its own would differ
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    data = weave(6, masks=False)
     settings = {**SMALL, "size": 32}
     detector = HybridDetector(
         score="log_prob",

@@ -11,13 +11,12 @@ import torch
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
-from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
 
+from helpers import weave
 from usf.detectors import Cflow, Fastflow, Uflow
 from usf.detectors.lightning import CHECK_EVERY
-from usf.study import textures
 
 SHARED: dict[str, Any] = {
     "backbone": "resnet18", "backbone_weights": "random", "input_size": (32, 32), "visualizer": False,
@@ -50,18 +49,7 @@ class Spoil(Callback):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_an_infinite_input_ends_training_by_name(name: str, tmp_path: Path) -> None:
-    root = textures.ensure(small=True)
-    data = Folder(
-        name="weave",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
-        mask_dir=[f"ground_truth/{kind}" for kind in textures.DEFECTS],
-        train_batch_size=6,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    data = weave(6)
     spoil = Spoil()
     engine = Engine(
         max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
 import timm
-from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Uflow as StockUflow
 from anomalib.models.components import AnomalibModule
@@ -26,10 +25,10 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from timm.models.cait import Cait
 
-from helpers import disturb, name
+from helpers import disturb, name, weave
 from usf.detectors import FlowOptions, Uflow, UflowModel, backbones, resolve
 from usf.detectors.model import Latents, Loss
-from usf.study import detection, textures
+from usf.study import detection
 from usf.study.features import Features
 
 SIZE = 32
@@ -430,19 +429,7 @@ def test_checkpoint_brings_choice_and_backbone(tmp_path: Path, images: Tensor) -
 
 
 def test_runs_in_anomalibs_engine_as_on_the_fast_path(tmp_path: Path) -> None:
-    root = textures.ensure(small=True)
-    data = Folder(
-        name="weave",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in textures.DEFECTS],
-        mask_dir=[f"ground_truth/{kind}" for kind in textures.DEFECTS],
-        train_batch_size=64,  # one step, so that the order of the images does not matter
-        eval_batch_size=5,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+    data = weave(64)  # one step, so that the order of the images does not matter
     detector = Uflow(
         "resnet18",
         flow_steps=1,

@@ -153,11 +153,11 @@ def detector_machines(rows: pd.DataFrame) -> str:
     Args:
         rows: see :func:`detectors`.
     """
-    machines = rows.groupby(["device", "processor", "threads"], sort=False)["cell"].unique()
-    return "; ".join(
-        f"{', '.join(cells)} on {processor if device == 'cpu' else device} with {threads} threads"
-        for (device, processor, threads), cells in machines.items()
-    )
+    machines: dict[str, list[str]] = {}
+    for row in rows.drop_duplicates("cell").to_dict("records"):
+        name = row["processor"] if row["device"] == "cpu" else row["device"]
+        machines.setdefault(f"{name} with {row['threads']} threads", []).append(row["cell"])
+    return "; ".join(f"{', '.join(cells)} on {machine}" for machine, cells in machines.items())
 
 
 def detector_run_ratio(rows: pd.DataFrame, cell: str, epochs: int) -> float:
