@@ -107,3 +107,34 @@ def test_failed_runs_and_other_protocols_do_not_count() -> None:
     failed = example(detector="uflow", coupling="affine", mixing="permutation", loss="mle", seed=5, status="failed")
     leaky = _runs(LOSS, protocol="paper")
     assert predictions.outcomes([failed, *leaky]) == {}
+
+
+def _scored(flow: str, loss: str, seed: int, by_score: dict[str, float], **changes: Any) -> list[Record]:
+    coupling, mixing = FLOWS[flow]
+    fixed = {"detector": "cflow", "coupling": coupling, "mixing": mixing, "loss": loss, "seed": seed} | changes
+    return [example(score=score, image_auroc=value, **fixed) for score, value in by_score.items()]
+
+
+def test_cost_of_the_librarys_score_is_of_the_same_weights() -> None:
+    high = {"anomalib": 0.60, "log_prob": 0.80, "norm": 0.70}
+    low = {"anomalib": 0.82, "log_prob": 0.81, "norm": 0.70}
+    same = {"anomalib": 0.900, "log_prob": 0.901, "norm": 0.901}
+    records = [
+        *_scored("base", "mle", 0, high),
+        *_scored("base", "mle", 1, low),
+        *_scored("usf", "mle", 0, same),
+        *_scored("base", "anomalib", 0, same),
+        *_scored("base", "anomalib", 0, high, category="zipper"),  # the likelihood was not tried on it
+        *_scored("base", "mle", 2, {"anomalib": 0.1}),  # not scored in every way
+        *_scored("usf", "mle", 1, high, match_parameters=True),
+    ]
+    table = predictions.score_costs(records)
+    assert len(table) == 3
+    row = table.set_index(["loss", "flow"]).loc[("mle", "base")]
+    assert (row["seeds"], row["library"], row["log_prob"]) == (2, pytest.approx(71.0), pytest.approx(80.5))
+    assert (row["cost"], row["worst"]) == (pytest.approx(9.5), pytest.approx(20.0))
+    assert row["low"] < 0 < row["high"], "two seeds that differ say little"
+    text = predictions.score_costs_in_words(table)
+    assert "the score costs 9.5 [" in text
+    assert "20.0 in the worst; the uniformly scaling flow 0.1 at most" in text
+    assert predictions.score_costs_in_words(predictions.score_costs([])) == ""

@@ -222,3 +222,23 @@ def test_a_wrong_argument_is_refused_before_anything_runs(
     with pytest.raises(SystemExit):
         rescoring.main([str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_what_the_batch_does_is_said_of_affine_flows_trained_with_the_likelihood() -> None:
+    areas = {"stock, whole set": 0.82, "stock, shuffled": 0.80, "stock, batches of 32": 0.74, "stock, one by one": 0.70}
+    fixed = {"category": "pill", "coupling": "affine", "loss_kind": "mle", "epoch": 2, "epochs": 2, "seed": 0}
+    rows = [{**fixed, "status": "ok", "way": way, "image_auroc": area} for way, area in areas.items()]
+    others = [
+        {**row, "image_auroc": 0.1, **change}
+        for row in rows
+        for change in ({"coupling": "additive"}, {"loss_kind": "anomalib"}, {"epoch": 1}, {"status": "failed"})
+    ]
+    said, apart = rescoring.batches_in_words(pd.DataFrame(rows + others))
+    assert apart == pytest.approx(12.0)
+    assert said.startswith("One affine flow so trained was scored in every way (pill): a mean of 82.0 with all")
+    more = [{**row, "seed": 1, "image_auroc": 0.8} for row in rows]
+    said, apart = rescoring.batches_in_words(pd.DataFrame(rows + more))
+    assert said.startswith("2 affine flows so trained were scored")
+    assert apart == pytest.approx(12.0)
+    for empty in ([], others):
+        assert rescoring.batches_in_words(pd.DataFrame(empty)) == ("", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -105,3 +106,28 @@ def test_looks_are_drawn_and_published(rows: list[dict[str, object]], tmp_path: 
     assert tuple(found[0]) == uncounted.COLUMNS
     assert len(found) == len(rows)
     assert {row["global_scale"] for row in found} == {False}
+
+
+def test_what_was_published_before_stays(rows: list[dict[str, object]], tmp_path: Path) -> None:
+    origin = {"images": "x", "weights": "y", "weights_sha256": "z", "seconds": 1.0}
+    for run, seed in (("one", 0), ("two", 1), ("three", 1)):
+        out = tmp_path / run
+        records.write_json(out / "a.json", {"rows": [{**row, **origin, "seed": seed, "run": run} for row in rows]})
+        records.write_json(out / "runs" / f"{run}.json", {"revision": run})
+        uncounted.publish(out, tmp_path / "to")
+    found = uncounted.load(tmp_path / "to")
+    assert [(row["seed"], row["run"]) for row in found] == [(0, "one")] * len(rows) + [(1, "three")] * len(rows)
+    origins = json.loads((tmp_path / "to" / "collapse-provenance.json").read_text("utf8"))
+    assert origins == {"one": {"revision": "one"}, "three": {"revision": "three"}}
+
+
+def test_endings_compare_the_norms_of_one_class_and_seed(rows: list[dict[str, object]]) -> None:
+    (row,) = uncounted.endings(rows, lr=3e-3)
+    assert (row["data"], row["seed"], row["steps"]) == ("made up", 0, 24)
+    assert row["gain"] < 0
+    assert row["latents"] < 1
+    assert row["loss_held"] < row["nll_held"]
+    assert row["counted"] < row["nll_held"]
+    assert uncounted.endings(rows, lr=1.0) == []
+    assert uncounted.endings([row for row in rows if row["norm"] != "frozen"], lr=3e-3) == []
+    assert uncounted.endings([{**row, "status": "failed"} for row in rows], lr=3e-3) == []

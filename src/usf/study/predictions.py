@@ -21,7 +21,7 @@ from usf.study.tables import METRIC, SPREAD_FLOOR, VARIANTS, model_order, select
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LARGE", "flows", "likelihood_runs", "losses", "outcomes", "spreads"]
+__all__ = ["LARGE", "flows", "likelihood_runs", "losses", "outcomes", "score_costs", "score_costs_in_words", "spreads"]
 
 LARGE = 5.0
 """Percent points of image AUROC that would have changed our mind, as the page of predictions says."""
@@ -155,6 +155,79 @@ def spreads(records: Iterable[Record], score: str = "anomalib") -> pd.DataFrame:
             ratio = max(found["usf"], SPREAD_FLOOR) / max(found["base"], SPREAD_FLOOR)
             rows.append(_about(group[0], level) | {"seeds": len(seeds)} | found | {"ratio": ratio})
     return pd.DataFrame(rows)
+
+
+def score_costs(records: Iterable[Record], detector: str = "cflow") -> pd.DataFrame:
+    """What the library's score takes from trained models, where some were trained with the likelihood.
+
+    The same weights are ranked by the library's map and by their log-likelihood, so that a difference is the score's.
+
+    Args:
+        records: of the main protocol, in all scores and both losses.
+        detector: of :data:`usf.study.paper.DETECTORS`.
+
+    Returns:
+        one row for each class that has both losses, loss and flow: ``category, loss, flow, seeds``; image AUROC in
+        percent, means over seeds, ``library, log_prob, norm``; ``cost``, the second minus the first, in percent points,
+        with Student's 95 % interval over seeds, ``low, high`` (empty for a single seed); ``worst``, of a single run.
+    """
+    import pandas as pd
+
+    scores = {"anomalib": "library", "log_prob": "log_prob", "norm": "norm"}
+    runs: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {}
+    settings: dict[str, set[tuple[Any, ...]]] = {}
+    chosen = select(
+        records,
+        detector=detector,
+        status="ok",
+        protocol="main",
+        variant=tuple(VARIANTS.values()),
+        match_parameters=False,
+    )
+    for record in select(chosen, loss="mle"):
+        settings.setdefault(record.category, set()).add((record.dataset, record.epochs, record.settings))
+    for record in chosen:
+        known = (record.dataset, record.epochs, record.settings) in settings.get(record.category, ())
+        if known and (area := record.image_auroc) is not None:
+            own = runs.setdefault((record.category, record.loss, str(record.flow)), {})
+            own.setdefault(record.seed, {})[scores[record.score]] = 100 * area
+    rows = []
+    for (category, loss, flow), seeds in sorted(runs.items()):
+        complete = [found for found in seeds.values() if set(found) == set(scores.values())]
+        if not complete:
+            continue
+        costs = [found["log_prob"] - found["library"] for found in complete]
+        row: dict[str, Any] = {"category": category, "loss": loss, "flow": flow, "seeds": len(complete)}
+        row |= {name: fmean(found[name] for found in complete) for name in scores.values()}
+        row |= {"cost": fmean(costs), "low": None, "high": None, "worst": max(costs, key=abs)}
+        if len(costs) > 1:
+            interval = statistics.student_interval(costs)
+            row |= {"low": interval.low, "high": interval.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def score_costs_in_words(table: pd.DataFrame) -> str:
+    """What :func:`score_costs` found under the likelihood, for the prose; empty where nothing was trained with it."""
+    likely = table if table.empty else table[table["loss"] == "mle"]
+    sentences = []
+    for category, part in likely.groupby("category") if len(likely) else ():
+        flows_there = part.set_index("flow").to_dict("index")
+        if "base" not in flows_there:
+            continue
+        base = flows_there["base"]
+        low, high = base["low"], base["high"]
+        span = "" if low is None or low != low else f" [{low:.1f}, {high:.1f}]"
+        seeds = f"{base['seeds']} seed" + "s" * (base["seeds"] > 1)
+        sentence = (
+            f"On {category} the affine flow then has a mean image AUROC of {base['library']:.1f} in the library's "
+            f"score and of {base['log_prob']:.1f} by the log-likelihood of the same weights: the score costs "
+            f"{base['cost']:.1f}{span} points over {seeds}, {base['worst']:.1f} in the worst"
+        )
+        if (usf := flows_there.get("usf")) is not None:
+            sentence += f"; the uniformly scaling flow {abs(usf['worst']):.1f} at most"
+        sentences.append(sentence + ".")
+    return " ".join(sentences)
 
 
 def _points(row: Mapping[Hashable, Any], name: str = "difference") -> str:

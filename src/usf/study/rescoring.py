@@ -34,7 +34,18 @@ from usf.study.metrics import auroc
 if TYPE_CHECKING:
     from usf.detectors.model import DetectorModel, Latents
 
-__all__ = ["COLUMNS", "WAYS", "Rescoring", "ceiling", "gather", "outcomes", "run", "summary", "ways_to_score"]
+__all__ = [
+    "COLUMNS",
+    "WAYS",
+    "Rescoring",
+    "batches_in_words",
+    "ceiling",
+    "gather",
+    "outcomes",
+    "run",
+    "summary",
+    "ways_to_score",
+]
 
 WAYS = {
     "stock, whole set": "the library's score, all test images in one batch",
@@ -462,6 +473,40 @@ def outcomes(rows: pd.DataFrame) -> dict[str, str]:
             f"on average: {_combining(change)}"
         )
     return found
+
+
+def batches_in_words(rows: pd.DataFrame) -> tuple[str, float]:
+    """What the batch does to the library's score of affine flows trained with the likelihood, for the prose.
+
+    Args:
+        rows: of :data:`COLUMNS`.
+
+    Returns:
+        sentences, empty where no such flow was scored; and by how many points of image AUROC the library's score of one
+        and the same model differs between batches, the largest of all models.
+    """
+    likely = rows if rows.empty else rows[(rows["loss_kind"] == "mle") & (rows["coupling"] == "affine")]
+    likely = likely if likely.empty else likely[(likely["epoch"] == likely["epochs"]) & (likely["status"] == "ok")]
+    stock = [way for way in WAYS if way.startswith("stock")]
+    wide = (
+        likely.pivot_table(index=["category", "epochs", "seed"], columns="way", values="image_auroc")
+        if len(likely)
+        else likely
+    )
+    if wide.empty or not set(stock) <= set(wide.columns):
+        return "", 0.0
+    areas = 100 * wide[stock]
+    apart = areas.max(axis=1) - areas.min(axis=1)
+    mean = areas.mean()
+    models = "One affine flow so trained was" if len(areas) == 1 else f"{len(areas)} affine flows so trained were"
+    classes = ", ".join(sorted(set(areas.index.get_level_values("category"))))
+    found = (
+        f"{models} scored in every way ({classes}): a mean of {mean['stock, whole set']:.1f} with all test images in "
+        f"one batch, {mean['stock, shuffled']:.1f} in shuffled batches of 32, {mean['stock, batches of 32']:.1f} in "
+        f"batches of 32 in the order of the folder, {mean['stock, one by one']:.1f} image by image. Between two of "
+        f"these the same weights differ by up to {apart.max():.1f} points."
+    )
+    return found, float(apart.max())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,7 +35,19 @@ if TYPE_CHECKING:
     from usf.detectors.fastflow import FastflowModel
     from usf.study.features import Features
 
-__all__ = ["COLUMNS", "NORMS", "Case", "cases", "entropy_floor", "load", "look", "publish", "run_case", "train"]
+__all__ = [
+    "COLUMNS",
+    "NORMS",
+    "Case",
+    "cases",
+    "endings",
+    "entropy_floor",
+    "load",
+    "look",
+    "publish",
+    "run_case",
+    "train",
+]
 
 Norm = Literal["left out", "counted", "frozen"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -274,6 +286,8 @@ def run_case(case: Case, run_name: str) -> list[dict[str, Any]]:
 def publish(out: Path, target: Path) -> None:
     """Gather the trainings under ``out`` into ``collapse.csv`` and ``collapse-provenance.json`` in ``target``.
 
+    Trainings that were published before stay, but for those that were run again.
+
     Raises:
         FileNotFoundError: none there.
     """
@@ -281,19 +295,65 @@ def publish(out: Path, target: Path) -> None:
     if not files:
         raise FileNotFoundError(f"{out} holds no trainings: run some first")
     rows = [row for path in files for row in json.loads(path.read_text("utf8"))["rows"]]
+    beside, origins = target / "collapse-provenance.json", {}
+    if (target / "collapse.csv").is_file():
+        fields = [field.name for field in dataclasses.fields(Case)]
+        again = {tuple(row[name] for name in fields) for row in rows}
+        rows += [row for row in load(target) if tuple(row[name] for name in fields) not in again]
+        origins = json.loads(beside.read_text("utf8"))
     rows.sort(
-        key=lambda r: (r["data"], r["size"], r["lr"], r["coupling"], not r["global_scale"], NORMS.index(r["norm"]))
-    )
+        key=lambda r: (
+            r["data"], r["size"], r["lr"], r["seed"], r["coupling"], not r["global_scale"], NORMS.index(r["norm"])
+        )
+    )  # fmt: skip
     records.write_csv(target / "collapse.csv", rows, COLUMNS, digits=6)
     used = sorted({row["run"] for row in rows})
-    origins = {name: json.loads((out / "runs" / f"{name}.json").read_text("utf8")) for name in used}
-    records.write_json(target / "collapse-provenance.json", origins)
+    for path in (out / "runs").glob("*.json"):
+        origins[path.stem] = json.loads(path.read_text("utf8"))
+    records.write_json(beside, {name: origins[name] for name in used})
 
 
 def load(folder: Path | None = None) -> list[dict[str, Any]]:
     """Published looks; by default from ``data/results/stability``."""
     found = records.read_csv((paths.results("stability") if folder is None else folder) / "collapse.csv")
     return [{**row, "global_scale": row["global_scale"] == "True"} for row in found]
+
+
+def endings(rows: Sequence[dict[str, Any]], *, lr: float) -> list[dict[str, Any]]:
+    """What leaving the gain out came to at the end, beside freezing and counting it, in flows of determinant one.
+
+    Args:
+        rows: see :func:`load`.
+        lr: the learning rate.
+
+    Returns:
+        one row for each class and seed that has all three norms: ``data, seed, steps``; ``gain``, the mean ln|gain|
+        that was left out; ``latents``, the latents' root mean square over that with a frozen gain; ``loss_held`` and
+        ``nll_held``, nats per dimension of held-out images more than with a frozen gain, the gain left out and counted;
+        ``counted``, the latter for the gain that is trained and counted.
+    """
+    last: dict[tuple[Any, ...], dict[Norm, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["steps"] or 0):
+        if (row["coupling"], row["global_scale"], row["lr"]) == ("additive", False, lr):
+            last.setdefault((row["data"], row["seed"]), {})[row["norm"]] = row
+    found = []
+    for (data, seed), norms in last.items():
+        if set(norms) != set(NORMS) or any(row["status"] != "ok" for row in norms.values()):
+            continue
+        out, counted, frozen = (norms[norm] for norm in NORMS)
+        found.append(
+            {
+                "data": data,
+                "seed": seed,
+                "steps": out["steps"],
+                "gain": out["log_gain"],
+                "latents": out["latent_std"] / frozen["latent_std"],
+                "loss_held": out["loss_held"] - frozen["loss_held"],
+                "nll_held": out["nll_held"] - frozen["nll_held"],
+                "counted": counted["nll_held"] - frozen["nll_held"],
+            }
+        )
+    return sorted(found, key=lambda row: (row["data"], row["seed"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
