@@ -178,7 +178,8 @@ def run_fast(cell: dict[str, Any], folder: Path, *, grid: bool) -> dict[str, Any
 def run_networks(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Forward and backward of the affine model's coupling networks, as often as its epochs need them, and nothing else.
 
-    Every network gets inputs of its own shape, which need a gradient as they do in training; no loss, no optimiser.
+    Every network gets inputs of its own shape, as many images at a time as in training, which need a gradient as they
+    do there; no loss, no optimiser.
     """
     import torch
 
@@ -201,8 +202,8 @@ def run_networks(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     handles = [m.subnet.register_forward_hook(remember) for m in model.modules() if isinstance(m, Block)]
     for batch in batches:
         features = model.features(torch.zeros(batch, 3, cell["size"], cell["size"], device=device))
-        for loss in model.losses(features):
-            loss.detach_()
+        for part in model.parts(features):
+            model.loss([level[part] for level in features], batch).detach_()
     for handle in handles:
         handle.remove()
     setup = time.perf_counter() - started

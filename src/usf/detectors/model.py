@@ -103,18 +103,24 @@ class DetectorModel(nn.Module):
         del generator
         yield self.loss(features, len(features[0]))
 
-    def gradients(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """:meth:`losses`, detached, with their gradients added to the parameters': clear these after every step.
+    def parts(self, features: Sequence[Tensor]) -> list[slice]:
+        """The images of a batch that :meth:`gradients` takes at a time: all, or on a processor a few.
 
-        On a processor a loss that is a sum over images is summed over a few at a time, up to rounding the same: the
-        intermediate results stay in the caches, the allocator keeps their memory, and the peak is that of a few images.
+        There the intermediate results of a few stay in the caches, the allocator keeps their memory, and the peak is
+        theirs.
         """
-        parts = [slice(0, len(features[0]))]
+        count = size = len(features[0])
         if self.summable and features[0].device.type == "cpu":
             largest = max(level[0].numel() * level.element_size() for level in features)
             size = max(1, PART_BYTES // largest)
-            parts = [slice(start, start + size) for start in range(0, len(features[0]), size)]
-        if len(parts) == 1:
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def gradients(self, features: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """:meth:`losses`, detached, with their gradients added to the parameters': clear these after every step.
+
+        A loss that is a sum over images is summed over :meth:`parts`, up to rounding the same.
+        """
+        if len(parts := self.parts(features)) == 1:
             for loss in self.losses(features, generator):
                 loss.backward()
                 yield loss.detach()
