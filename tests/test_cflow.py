@@ -122,6 +122,24 @@ def test_written_out_passes_are_those_of_the_blocks(
     assert torch.allclose(torch.linalg.slogdet(jacobian).logabsdet, results[0][1][0], atol=1e-5 if soft else 1e-9)
 
 
+@pytest.mark.parametrize("options", ALL, ids=name)
+def test_written_out_passes_take_two_channels(options: FlowOptions) -> None:
+    """Halves of one channel, so that some sides are one."""
+    blocks = chain(options, channels=2)
+    x = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    conditions = torch.ones(1, 8, dtype=torch.float64)
+    for own, expected in zip(decode(blocks, x, conditions), blockwise(blocks, x, conditions), strict=True):
+        assert torch.allclose(own, expected)
+    own = fibres.Joined(blocks)
+    own.gradients_of(x, conditions, lambda z, log_det: (z.sum(), torch.ones_like(z), torch.zeros_like(log_det)))
+    found = own.gradient.clone()
+    own.separate()
+    parameters = [parameter for kind in own.decoder.parameters.values() for parameter in kind]
+    blockwise(blocks, x, conditions)[0].sum().backward()
+    expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    assert torch.allclose(found, torch.cat([gradient.flatten() for gradient in expected]))
+
+
 @pytest.mark.parametrize("vectors", [1, 5, 1000])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("options", ALL, ids=name)

@@ -55,7 +55,10 @@ class Decoder:
 
     def __call__(self, x: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, C), conditions (n, P) -> (z (n, C), ln|det dz/dx| (n,), nats)."""
-        stacks = [torch.stack(own).squeeze(1) if own else None for own in self.parameters.values()]
+        stacks = [
+            (torch.cat(own) if name in _ROWS else torch.stack(own)) if own else None
+            for name, own in self.parameters.items()
+        ]
         if (raw := stacks[_SCALE]) is not None:
             stacks[_SCALE] = self.activation(raw)
         z, log_det = _Decode.apply(self.plan, _network_type(x), x, conditions, *stacks)
@@ -95,10 +98,10 @@ class Joined:
 
     def _views(self, flat: Tensor) -> _Stack:
         views, start = [], 0
-        for kind in self.decoder.parameters.values():
+        for name, kind in self.decoder.parameters.items():
             size = sum(parameter.numel() for parameter in kind)
-            shape = (len(kind), *(side for side in kind[0].shape if side > 1)) if kind else ()
-            views.append(flat[start : start + size].view(shape) if kind else None)
+            shape = kind[0].shape[1 if name in _ROWS else 0 :] if kind else ()
+            views.append(flat[start : start + size].view(len(kind), *shape) if kind else None)
             start += size
         return _Stack(*views)  # type: ignore[arg-type]  # None is where it may be
 
@@ -288,6 +291,8 @@ class _Tape(NamedTuple):
 
 
 _SCALE = _Stack._fields.index("scale")
+_ROWS = ("offset", "scale")
+"""What the blocks have as rows, (1, C)."""
 _Slopes = tuple[Tensor, Tensor, Tensor]
 """A loss, and its gradients at z (C, n) and at ln|det| (n,)."""
 
