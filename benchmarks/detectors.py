@@ -12,6 +12,7 @@ formed within each repeat.
   epoch, checkpoints, 8 data-loader workers), then ``Engine.test``.
 * ``fast``: ``usf.study``: features extracted once, the flow trained on them, exact image and pixel AUROC at the end.
 * ``fast grid``: the same for three couplings and three seeds, on the same features.
+* ``fast bfloat16`` (CFlow): ``fast`` with the coupling networks' products in that type.
 * ``networks`` (FastFlow): forward and backward of the coupling networks alone, on inputs of the right shapes. Both
   sides need that arithmetic, so nobody's epoch is shorter.
 
@@ -58,7 +59,9 @@ COLUMNS = [
     "threads", "revision", "settings_hash",
 ]
 # fmt: on
-SIDES = ("engine", "fast", "fast grid", "networks")
+SIDES = ("engine", "fast", "fast grid", "fast bfloat16", "networks")
+ONLY = {"fast bfloat16": "CFlow", "networks": "FastFlow"}
+"""Side -> the only cell that it is measured for."""
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -133,8 +136,8 @@ def run_engine(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def run_fast(cell: dict[str, Any], folder: Path, *, grid: bool) -> dict[str, Any]:
-    """The fast path from the folder to the test metrics."""
+def run_fast(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fast path from the folder to the test metrics, on any of its sides."""
     import torch
 
     from usf.detectors import FlowOptions, backbones
@@ -142,7 +145,7 @@ def run_fast(cell: dict[str, Any], folder: Path, *, grid: bool) -> dict[str, Any
     from usf.study.features import extract
     from usf.study.images import load_masks, read
 
-    weights = find_weights(cell)
+    weights, grid = find_weights(cell), cell["side"] == "fast grid"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
     images = read(folder)
@@ -153,7 +156,9 @@ def run_fast(cell: dict[str, Any], folder: Path, *, grid: bool) -> dict[str, Any
     )
     del backbone
     masks = load_masks(images.test, cell["size"])
-    options = {"layers": LAYERS} if cell["detector"] == "cflow" else {}
+    options: dict[str, Any] = {"layers": LAYERS} if cell["detector"] == "cflow" else {}
+    if cell["side"] == "fast bfloat16":
+        options["precision"] = "bfloat16"
     setup = time.perf_counter() - started
     choices = [FlowOptions(**choice) for choice in COUPLINGS] if grid else [FlowOptions(**COUPLINGS[0])]
     epochs_seconds: list[float] = []
@@ -250,7 +255,7 @@ def child(text: str) -> None:
     elif cell["side"] == "networks":
         found = run_networks(cell, folder)
     else:
-        found = run_fast(cell, folder, grid=cell["side"] == "fast grid")
+        found = run_fast(cell, folder)
     print("RESULT " + json.dumps(found | {"peak_mb": peak_mb()}))
 
 
@@ -354,7 +359,7 @@ def run(
     for name in cells:
         cell: dict[str, Any] = CELLS[name] | (overrides or {}) | {"weights": weights}
         part = chosen.subset(train=cell["train"], per_kind=cell["per_kind"])
-        own_sides = [side for side in sides if side != "networks" or name == "FastFlow"]
+        own_sides = [side for side in sides if ONLY.get(side, name) == name]
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in own_sides}
         with tempfile.TemporaryDirectory() as scratch:
             folder = copied(part, Path(scratch))

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from usf.plots.detectors import alone_and_together, reported
 from usf.study import defects, speed
 from usf.study.metrics import auroc
+from usf.study.schema import example
 
 
 def test_cflow_score_is_turned_upside_down_by_the_batch() -> None:
@@ -194,3 +195,20 @@ def test_inference_records_as_a_table_and_in_words(tmp_path: Path) -> None:
     assert "The stock FastFlow cannot be exported" in text
     with pytest.raises(FileNotFoundError, match=r"run benchmarks/inference\.py"):
         speed.inference(tmp_path / "none.csv")
+
+
+def test_half_precision_is_compared_with_the_same_training(tmp_path: Path) -> None:
+    fixed = {"detector": "cflow", "coupling": "affine", "mixing": "permutation", "pixel_auroc": 0.9}
+    full = [example(**fixed, seed=seed, image_auroc=0.8) for seed in range(2)]
+    half = [example(**fixed | {"settings": "0" * 12}, seed=seed, image_auroc=0.803 - 0.01 * seed) for seed in (0, 1, 2)]
+    table = speed.half_precision(half, [*full, *half, example(**fixed, seed=2, image_auroc=0.5, epochs=7)])
+    assert table["seed"].tolist() == [0, 1]
+    assert table["image change"].tolist() == [pytest.approx(0.3), pytest.approx(-0.7)]
+    assert table["pixel change"].tolist() == [0.0, 0.0]
+    rows = speed.detectors(records(tmp_path))
+    assert rows is not None
+    text = speed.half_precision_in_words(table, rows)
+    assert text.endswith("image AUROC by at most 0.70 and pixel AUROC by at most 0.00 points in any score.")
+    fast = rows[(rows["cell"] == "CFlow") & (rows["side"] == "fast")].assign(side="fast bfloat16", epoch_seconds=0.5)
+    assert "an epoch takes 0.50 times as long" in speed.half_precision_in_words(table, pd.concat([rows, fast]))
+    assert speed.half_precision_in_words(speed.half_precision([], full), None) == ""

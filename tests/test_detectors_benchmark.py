@@ -16,7 +16,7 @@ pytest.importorskip("anomalib", reason="needs the detectors extra")
 from usf import paths
 from usf.study import records, speed, textures
 
-SECONDS = {"engine": 12.0, "fast": 3.0, "fast grid": 24.0, "networks": 1.0}
+SECONDS = {"engine": 12.0, "fast": 3.0, "fast grid": 24.0, "fast bfloat16": 2.0, "networks": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,15 @@ def test_a_detector_measured_again_leaves_the_others_and_their_provenance(
     images, out = str(textures.ensure(small=True)), tmp_path / "detectors.csv"
     benchmark.run(out, images=images, repeats=2, cells=["CFlow", "FastFlow"], weights="random")
     sides = ["engine", "fast", "fast grid"]
-    assert seen == [*sides, *sides[::-1], *sides, "networks", "networks", *sides[::-1]]
+    halves = [*sides, "fast bfloat16"]
+    assert seen == [*halves, *halves[::-1], *sides, "networks", "networks", *sides[::-1]]
     monkeypatch.setattr(records, "hardware", lambda: {"cpu": "B", "cores": 2, "gpu": "none"})
     benchmark.run(out, images=images, repeats=1, cells=["CFlow"], weights="random")
 
     rows = speed.detectors(out)
     assert rows is not None
     assert sorted(zip(rows["cell"], rows["side"], strict=True)) == sorted(
-        [("CFlow", side) for side in sides] + [("FastFlow", side) for side in (*sides, "networks")]
+        [("CFlow", side) for side in halves] + [("FastFlow", side) for side in (*sides, "networks")]
     )
     fast = rows[(rows["cell"] == "FastFlow") & (rows["side"] == "fast")].iloc[0]
     assert (fast["ratio"], fast["epoch_ratio"], fast["repeats"]) == (4.0, 4.0, 2)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from usf import paths
+from usf.study import schema
+from usf.study.schema import Record
 
 MEASURES = {"log_prob": "log-density", "step": "training step", "sample": "sampling", "training": "whole training"}
 
@@ -158,6 +161,58 @@ def detector_machines(rows: pd.DataFrame) -> str:
         name = row["processor"] if row["device"] == "cpu" else row["device"]
         machines.setdefault(f"{name} with {row['threads']} threads", []).append(row["cell"])
     return "; ".join(f"{', '.join(cells)} on {machine}" for machine, cells in machines.items())
+
+
+def half_precision(half: Sequence[Record], full: Sequence[Record]) -> pd.DataFrame:
+    """What bfloat16 changes in the AUROC: the same trainings in float32 beside them.
+
+    Args:
+        half, full: records of trainings; those of one are the other's where all but their model's arguments is equal.
+
+    Returns:
+        one row for each training on both sides and score: ``detector, category, variant, seed, score``, then ``image,
+        pixel``, AUROC in percent in float32, and ``image change, pixel change``, in bfloat16 minus that, points.
+    """
+    same = [name for name in schema.TRAINING if name != "settings"]
+    ours = {record.settings for record in half}
+    known = {
+        (*(getattr(record, name) for name in same), record.score): record
+        for record in full
+        if record.status == "ok" and record.settings not in ours
+    }
+    rows, shown = [], ("detector", "category", "variant", "seed", "score")
+    for own in half:
+        other = known.get((*(getattr(own, name) for name in same), own.score))
+        if other is None or own.status != "ok":
+            continue
+        row: dict[str, Any] = {name: getattr(own, name) for name in shown}
+        for level in ("image", "pixel"):
+            before, after = (getattr(record, f"{level}_auroc") for record in (other, own))
+            row |= {level: 100 * before, f"{level} change": 100 * (after - before)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def half_precision_in_words(table: pd.DataFrame, rows: pd.DataFrame | None) -> str:
+    """What bfloat16 gains and costs in CFlow, for the prose; empty where neither was measured.
+
+    Args:
+        table: of :func:`half_precision`.
+        rows: of :func:`detectors`.
+    """
+    said = []
+    seconds = {} if rows is None else rows.set_index(["cell", "side"])["epoch_seconds"].to_dict()
+    if ("CFlow", "fast bfloat16") in seconds:
+        ratio = float(seconds["CFlow", "fast"]) / float(seconds["CFlow", "fast bfloat16"])
+        said.append(f"an epoch takes {1 / ratio:.2f} times as long as in float32")
+    if len(table):
+        trainings = len(table[["category", "variant", "seed"]].drop_duplicates())
+        changes = [
+            f"{level} AUROC by at most {table[f'{level} change'].abs().max():.2f}" for level in ("image", "pixel")
+        ]
+        spots = ", ".join(sorted(set(table["category"])))
+        said.append(f"over {trainings} trainings on {spots} it changed {' and '.join(changes)} points in any score")
+    return f'In CFlow with `precision="bfloat16"` {"; ".join(said)}.' if said else ""
 
 
 def detector_run_ratio(rows: pd.DataFrame, cell: str, epochs: int) -> float:
