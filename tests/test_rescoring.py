@@ -231,7 +231,7 @@ def test_what_the_batch_does_is_said_of_affine_flows_trained_with_the_likelihood
     others = [
         {**row, "image_auroc": 0.1, **change}
         for row in rows
-        for change in ({"coupling": "additive"}, {"loss_kind": "anomalib"}, {"epoch": 1}, {"status": "failed"})
+        for change in ({"coupling": "gin"}, {"loss_kind": "anomalib"}, {"epoch": 1}, {"status": "failed"})
     ]
     said, apart = rescoring.batches_in_words(pd.DataFrame(rows + others))
     assert apart == pytest.approx(12.0)
@@ -240,5 +240,8 @@ def test_what_the_batch_does_is_said_of_affine_flows_trained_with_the_likelihood
     said, apart = rescoring.batches_in_words(pd.DataFrame(rows + more))
     assert said.startswith("2 affine flows so trained were scored")
     assert apart == pytest.approx(12.0)
+    uniform = [{**row, "coupling": "additive", "image_auroc": 0.8} for row in rows]
+    said, _ = rescoring.batches_in_words(pd.DataFrame(rows + uniform))
+    assert said.endswith("differ by up to 12.0 points, those of 1 uniformly scaling flow by 0.0.")
     for empty in ([], others):
         assert rescoring.batches_in_words(pd.DataFrame(empty)) == ("", 0.0)

@@ -476,37 +476,40 @@ def outcomes(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def batches_in_words(rows: pd.DataFrame) -> tuple[str, float]:
-    """What the batch does to the library's score of affine flows trained with the likelihood, for the prose.
+    """What the batch does to the library's score of flows trained with the likelihood, for the prose.
 
     Args:
         rows: of :data:`COLUMNS`.
 
     Returns:
-        sentences, empty where no such flow was scored; and by how many points of image AUROC the library's score of one
-        and the same model differs between batches, the largest of all models.
+        sentences, empty where no affine flow was so trained and scored; and by how many points of image AUROC the
+        library's score of one and the same affine model differs between batches, the largest of all models.
     """
-    likely = rows if rows.empty else rows[(rows["loss_kind"] == "mle") & (rows["coupling"] == "affine")]
-    likely = likely if likely.empty else likely[(likely["epoch"] == likely["epochs"]) & (likely["status"] == "ok")]
     stock = [way for way in WAYS if way.startswith("stock")]
-    wide = (
-        likely.pivot_table(index=["category", "epochs", "seed"], columns="way", values="image_auroc")
-        if len(likely)
-        else likely
-    )
-    if wide.empty or not set(stock) <= set(wide.columns):
+
+    def areas(coupling: str) -> pd.DataFrame:
+        own = rows[(rows["loss_kind"] == "mle") & (rows["coupling"] == coupling) & (rows["status"] == "ok")]
+        own = own[own["epoch"] == own["epochs"]]
+        wide = own.pivot_table(index=["category", "epochs", "seed"], columns="way", values="image_auroc")
+        return 100 * wide.reindex(columns=stock)
+
+    def apart(found: pd.DataFrame) -> float:
+        return float((found.max(axis=1) - found.min(axis=1)).max())
+
+    if rows.empty or (affine := areas("affine")).empty:
         return "", 0.0
-    areas = 100 * wide[stock]
-    apart = areas.max(axis=1) - areas.min(axis=1)
-    mean = areas.mean()
-    models = "One affine flow so trained was" if len(areas) == 1 else f"{len(areas)} affine flows so trained were"
-    classes = ", ".join(sorted(set(areas.index.get_level_values("category"))))
+    mean = affine.mean()
+    models = "One affine flow so trained was" if len(affine) == 1 else f"{len(affine)} affine flows so trained were"
+    classes = ", ".join(sorted(set(affine.index.get_level_values("category"))))
     found = (
         f"{models} scored in every way ({classes}): a mean of {mean['stock, whole set']:.1f} with all test images in "
         f"one batch, {mean['stock, shuffled']:.1f} in shuffled batches of 32, {mean['stock, batches of 32']:.1f} in "
         f"batches of 32 in the order of the folder, {mean['stock, one by one']:.1f} image by image. Between two of "
-        f"these the same weights differ by up to {apart.max():.1f} points."
+        f"these the same weights differ by up to {apart(affine):.1f} points"
     )
-    return found, float(apart.max())
+    if not (uniform := areas("additive")).empty:
+        found += f", those of {len(uniform)} uniformly scaling flow{'s' * (len(uniform) > 1)} by {apart(uniform):.1f}"
+    return found + ".", apart(affine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
