@@ -210,5 +210,7 @@ def test_half_precision_is_compared_with_the_same_training(tmp_path: Path) -> No
     text = speed.half_precision_in_words(table, rows)
     assert text.endswith("image AUROC by at most 0.70 and pixel AUROC by at most 0.00 points in any score.")
     fast = rows[(rows["cell"] == "CFlow") & (rows["side"] == "fast")].assign(side="fast bfloat16", epoch_seconds=0.5)
+    moved = speed.half_precision_in_words(table.assign(moved=True), rows)
+    assert moved.endswith("in any score, the change of processor between the two included.")
     assert "an epoch takes 0.50 times as long" in speed.half_precision_in_words(table, pd.concat([rows, fast]))
     assert speed.half_precision_in_words(speed.half_precision([], full), None) == ""

@@ -171,7 +171,8 @@ def half_precision(half: Sequence[Record], full: Sequence[Record]) -> pd.DataFra
 
     Returns:
         one row for each training on both sides and score: ``detector, category, variant, seed, score``, then ``image,
-        pixel``, AUROC in percent in float32, and ``image change, pixel change``, in bfloat16 minus that, points.
+        pixel``, AUROC in percent in float32, ``image change, pixel change``, in bfloat16 minus that, points, and
+        ``moved``, whether the two were trained on different processors.
     """
     same = [name for name in schema.TRAINING if name != "settings"]
     ours = {record.settings for record in half}
@@ -189,7 +190,7 @@ def half_precision(half: Sequence[Record], full: Sequence[Record]) -> pd.DataFra
         for level in ("image", "pixel"):
             before, after = (getattr(record, f"{level}_auroc") for record in (other, own))
             row |= {level: 100 * before, f"{level} change": 100 * (after - before)}
-        rows.append(row)
+        rows.append(row | {"moved": own.hardware != other.hardware})
     return pd.DataFrame(rows)
 
 
@@ -212,6 +213,8 @@ def half_precision_in_words(table: pd.DataFrame, rows: pd.DataFrame | None) -> s
         ]
         spots = ", ".join(sorted(set(table["category"])))
         said.append(f"over {trainings} trainings on {spots} it changed {' and '.join(changes)} points in any score")
+        if table["moved"].any():
+            said[-1] += ", the change of processor between the two included"
     return f'In CFlow with `precision="bfloat16"` {"; ".join(said)}.' if said else ""
 
 
