@@ -396,6 +396,17 @@ def test_failures_are_listed_once_a_training() -> None:
     assert tables.failures([]).empty
 
 
+def test_costs_of_two_machines_do_not_add_up() -> None:
+    old = _grid(("bottle",), seeds=2, seconds=90.0, hardware="A")
+    new = [dataclasses.replace(record, seed=record.seed + 2, hardware="B") for record in _grid(("bottle",), seeds=3)]
+    costs = tables.cost([*old, *new])
+    assert len(costs) == 4
+    found = tables.one_machine(costs)
+    assert set(found["hardware"]) == {"B"}
+    assert len(found) == 2
+    assert tables.one_machine(tables.cost([])).empty
+
+
 def test_cost_counts_a_training_once_and_shares_features() -> None:
     records = [
         dataclasses.replace(record, score=score)

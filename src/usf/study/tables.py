@@ -39,6 +39,7 @@ __all__ = [
     "failures",
     "frame",
     "model_order",
+    "one_machine",
     "prefer",
     "protocol_gain",
     "select",
@@ -608,3 +609,16 @@ def cost(
             }
         )
     return pd.DataFrame(rows)
+
+
+def one_machine(costs: pd.DataFrame) -> pd.DataFrame:
+    """Of each detector the rows of one machine, the one with the most trainings: rows of several do not add up.
+
+    Args:
+        costs: see :func:`cost`.
+    """
+    if costs.empty:
+        return costs
+    counts = costs.groupby(["detector", "hardware"], sort=False)["trainings"].sum()
+    chosen = set(counts.groupby("detector", sort=False).idxmax())
+    return costs[[pair in chosen for pair in zip(costs["detector"], costs["hardware"], strict=True)]]
