@@ -215,7 +215,7 @@ def half_precision_in_words(table: pd.DataFrame, rows: pd.DataFrame | None) -> s
         said.append(f"over {trainings} trainings on {spots} it changed {' and '.join(changes)} points in any score")
         if table["moved"].any():
             said[-1] += ", the change of processor between the two included"
-    return f'In CFlow with `precision="bfloat16"` {"; ".join(said)}.' if said else ""
+    return f"With CFlow's coupling networks in bfloat16 {'; '.join(said)}." if said else ""
 
 
 def detector_run_ratio(rows: pd.DataFrame, cell: str, epochs: int) -> float:
