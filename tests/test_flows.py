@@ -390,6 +390,13 @@ def test_bilognormal_is_a_distribution() -> None:
         BiLogNormal(0.0, -1.0)
 
 
+def test_bilognormal_checks_whatever_the_compiler_did_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # torch.compile does, for good
+    with pytest.raises(ValueError, match="scale"):
+        BiLogNormal(0.0, -1.0)
+    BiLogNormal(0.0, -1.0, validate_args=False)
+
+
 @pytest.mark.parametrize("shape", [(8,), (8, 4, 4), (3, 5)], ids=str)
 def test_prior_gives_the_determinant_the_stated_spread(shape: tuple[int, ...]) -> None:
     """sigma/(hw sqrt(c)) per diagonal entry makes ln|det| N(0, sigma^2); sigma/(chw) does not."""

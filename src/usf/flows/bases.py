@@ -123,6 +123,11 @@ class BiLogNormal(Distribution):
     Args:
         loc: mu, mean of ln|X|.
         scale: sigma > 0, standard deviation of ln|X|.
+        validate_args: check parameters and values; by default yes, whatever torch's own default has become: its
+            compiler and its exporter switch that off for the whole process.
+
+    Raises:
+        ValueError: a parameter out of its range.
 
     >>> round(BiLogNormal(0.0, 1.0).log_prob(torch.tensor(-1.0)).exp().item(), 4)
     0.1995
@@ -134,7 +139,7 @@ class BiLogNormal(Distribution):
     }
     has_rsample = True
 
-    def __init__(self, loc: float | Tensor, scale: float | Tensor, validate_args: bool | None = None) -> None:
+    def __init__(self, loc: float | Tensor, scale: float | Tensor, validate_args: bool = True) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
