@@ -169,7 +169,8 @@ def score_costs(records: Iterable[Record], detector: str = "cflow") -> pd.DataFr
     Returns:
         one row for each class that has both losses, loss and flow: ``category, loss, flow, seeds``; image AUROC in
         percent, means over seeds, ``library, log_prob, norm``; ``cost``, the second minus the first, in percent points,
-        with Student's 95 % interval over seeds, ``low, high`` (empty for a single seed); ``worst``, of a single run.
+        with Student's 95 % interval over seeds, ``low, high`` (empty for a single seed); ``worst``, of a single run,
+        ``largest``, in absolute value; ``sd_library, sd_log_prob``, over seeds (empty for a single one).
     """
     import pandas as pd
 
@@ -199,10 +200,12 @@ def score_costs(records: Iterable[Record], detector: str = "cflow") -> pd.DataFr
         costs = [found["log_prob"] - found["library"] for found in complete]
         row: dict[str, Any] = {"category": category, "loss": loss, "flow": flow, "seeds": len(complete)}
         row |= {name: fmean(found[name] for found in complete) for name in scores.values()}
-        row |= {"cost": fmean(costs), "low": None, "high": None, "worst": max(costs, key=abs)}
+        row |= {"cost": fmean(costs), "low": None, "high": None, "worst": max(costs), "largest": max(map(abs, costs))}
+        row |= {"sd_library": None, "sd_log_prob": None}
         if len(costs) > 1:
             interval = statistics.student_interval(costs)
             row |= {"low": interval.low, "high": interval.high}
+            row |= {f"sd_{name}": stdev(found[name] for found in complete) for name in ("library", "log_prob")}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -225,7 +228,12 @@ def score_costs_in_words(table: pd.DataFrame) -> str:
             f"{base['cost']:.1f}{span} points over {seeds}, {base['worst']:.1f} in the worst"
         )
         if (usf := flows_there.get("usf")) is not None:
-            sentence += f"; the uniformly scaling flow {abs(usf['worst']):.1f} at most"
+            sentence += f"; the uniformly scaling flow {usf['largest']:.1f} at most"
+        if (spread := base["sd_library"]) is not None and spread == spread:
+            sentence += (
+                f". The affine flow's standard deviation over seeds is {spread:.1f} points in the library's score and "
+                f"{base['sd_log_prob']:.1f} by the log-likelihood"
+            )
         sentences.append(sentence + ".")
     return " ".join(sentences)
 

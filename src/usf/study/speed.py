@@ -204,8 +204,8 @@ def half_precision_in_words(table: pd.DataFrame, rows: pd.DataFrame | None) -> s
     said = []
     seconds = {} if rows is None else rows.set_index(["cell", "side"])["epoch_seconds"].to_dict()
     if ("CFlow", "fast bfloat16") in seconds:
-        ratio = float(seconds["CFlow", "fast"]) / float(seconds["CFlow", "fast bfloat16"])
-        said.append(f"an epoch takes {1 / ratio:.2f} times as long as in float32")
+        ratio = float(seconds["CFlow", "fast bfloat16"]) / float(seconds["CFlow", "fast"])
+        said.append(f"an epoch takes {ratio:.2f} times as long as in float32")
     if len(table):
         trainings = len(table[["category", "variant", "seed"]].drop_duplicates())
         changes = [

@@ -335,9 +335,9 @@ def endings(rows: Sequence[dict[str, Any]], *, lr: float) -> list[dict[str, Any]
     last: dict[tuple[Any, ...], dict[Norm, dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["steps"] or 0):
         if (row["coupling"], row["global_scale"], row["lr"]) == ("additive", False, lr):
-            last.setdefault((row["data"], row["seed"]), {})[row["norm"]] = row
+            last.setdefault((row["data"], row["size"], row["seed"]), {})[row["norm"]] = row
     found = []
-    for (data, seed), norms in last.items():
+    for (data, _, seed), norms in last.items():
         if set(norms) != set(NORMS) or any(row["status"] != "ok" for row in norms.values()):
             continue
         out, counted, frozen = (norms[norm] for norm in NORMS)
