@@ -133,8 +133,13 @@ def test_cost_of_the_librarys_score_is_of_the_same_weights() -> None:
     row = table.set_index(["loss", "flow"]).loc[("mle", "base")]
     assert (row["seeds"], row["library"], row["log_prob"]) == (2, pytest.approx(71.0), pytest.approx(80.5))
     assert (row["cost"], row["worst"]) == (pytest.approx(9.5), pytest.approx(20.0))
+    assert row["sd_library"] == pytest.approx(22 / 2**0.5)
+    assert row["sd_log_prob"] == pytest.approx(1 / 2**0.5)
     assert row["low"] < 0 < row["high"], "two seeds that differ say little"
+    gained = predictions.score_costs([*_scored("base", "mle", 0, {"anomalib": 0.9, "log_prob": 0.8, "norm": 0.8})])
+    assert (gained.loc[0, "worst"], gained.loc[0, "largest"]) == (pytest.approx(-10.0), pytest.approx(10.0))
     text = predictions.score_costs_in_words(table)
+    assert "deviation over seeds is 15.6 points in the library's score and 0.7 by the log-likelihood." in text
     assert "the score costs 9.5 [" in text
     assert "20.0 in the worst; the uniformly scaling flow 0.1 at most" in text
     assert predictions.score_costs_in_words(predictions.score_costs([])) == ""

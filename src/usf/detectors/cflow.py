@@ -217,8 +217,9 @@ class CflowModel(torch_model.CflowModel, DetectorModel):
         Raises:
             ValueError: a parameter of the flow that is not to be trained.
         """
-        self._joined = [Joined(blocks) for blocks in self._decoders()]
+        self._joined = []
         try:
+            self._joined += map(Joined, self._decoders())
             yield torch.optim.Adam([joined.parameter for joined in self._joined], lr=self.lr, fused=True)
         finally:
             for joined in self._joined:
