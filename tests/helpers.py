@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,3 +53,15 @@ def weave(train: int, evaluate: int = 5, kinds: Sequence[str] = tuple(textures.D
         num_workers=0,
         val_split_mode="same_as_test",
     )
+
+
+def benchmark_script(name: str) -> ModuleType:
+    """``benchmarks/NAME.py``, which is no part of the package, as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
-from usf import paths
+from helpers import benchmark_script
 from usf.study import records, speed, textures
 
 SECONDS = {"engine": 12.0, "fast": 3.0, "fast grid": 24.0, "fast bfloat16": 2.0, "networks": 1.0}
@@ -21,13 +19,7 @@ SECONDS = {"engine": 12.0, "fast": 3.0, "fast grid": 24.0, "fast bfloat16": 2.0,
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("detectors_benchmark", paths.root() / "benchmarks" / "detectors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("detectors")
 
 
 def test_a_detector_measured_again_leaves_the_others_and_their_provenance(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import torch
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
+from helpers import benchmark_script
 from usf.study import records
 
 SIZE = 32
@@ -21,13 +20,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[ModuleType]:
-    path = Path(__file__).parents[1] / "benchmarks" / "inference.py"
-    spec = importlib.util.spec_from_file_location("inference_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = benchmark_script("inference")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)

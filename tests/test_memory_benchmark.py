@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,20 +12,14 @@ import pytest
 
 pytest.importorskip("anomalib", reason="needs the detectors extra")
 
+from helpers import benchmark_script
 from usf import cli
 from usf.study import records
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("memory")
 
 
 def test_peak_memory_is_that_of_the_process_alone(benchmark: ModuleType) -> None:
