@@ -28,7 +28,8 @@ from helpers import disturb, name, weave
 from usf import paths
 from usf.detectors import Block, Cflow, CflowModel, FlowOptions, backbones, fibres, resolve
 from usf.detectors.coupling import building_with
-from usf.detectors.fibres import decode, decode_maps
+from usf.detectors.fibres import decode
+from usf.detectors.folded import decode_maps
 from usf.detectors.model import Latents
 from usf.study import detection, textures
 from usf.study.features import Features

@@ -25,7 +25,8 @@ from usf.detectors import backbones
 from usf.detectors.backbones import Weights
 from usf.detectors.coupling import Block, Coupling, Diagonal, FlowOptions, Mixing, building_with
 from usf.detectors.export import Chain
-from usf.detectors.fibres import Decoder, Joined, decode, decode_maps
+from usf.detectors.fibres import Decoder, Joined, decode
+from usf.detectors.folded import decode_maps
 from usf.detectors.lightning import FlowDetector
 from usf.detectors.model import DetectorModel, Latents, Loss, Score, check_choices
 

@@ -5,8 +5,7 @@ operations takes longer than the matrix products, so that :func:`decode` is one 
 gradients of all blocks written out, and :class:`Joined`, which trains on cached features, goes without autograd. The
 values are those of :meth:`Block.transform <usf.detectors.coupling.Block.transform>`.
 
-For scoring, :func:`decode_maps` multiplies out what does not depend on the input: the part of each coupling network's
-first layer that sees the condition, which is the same for all images, and each block's scale, permutation and LU.
+Scoring has a pass of its own, :mod:`usf.detectors.folded`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from usf.detectors.coupling import SUBNET_SCALE, Block
 
-__all__ = ["Decoder", "Joined", "decode", "decode_maps"]
+__all__ = ["Decoder", "Joined", "decode"]
 
 
 class Decoder:
@@ -40,7 +38,7 @@ class Decoder:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.plan = _Plan.of(blocks)
         self.activation = blocks[0].global_scale_activation
-        layers = [_layers(block) for block in blocks]
+        layers = [layers_of(block) for block in blocks]
         lus = [block.lu for block in blocks if block.lu is not None]
         self.parameters: dict[str, list[Tensor]] = {
             "w1": [first.weight for first, _ in layers],
@@ -61,7 +59,7 @@ class Decoder:
         ]
         if (raw := stacks[_SCALE]) is not None:
             stacks[_SCALE] = self.activation(raw)
-        z, log_det = _Decode.apply(self.plan, _network_type(x), x, conditions, *stacks)
+        z, log_det = _Decode.apply(self.plan, network_type_of(x), x, conditions, *stacks)
         return z, log_det
 
 
@@ -112,7 +110,7 @@ class Joined:
             x, conditions: without a graph.
             loss: (z (C, n), ln|det| (n,)) -> the loss and its gradients at both.
         """
-        plan, key = self.decoder.plan, (len(x), _network_type(x))
+        plan, key = self.decoder.plan, (len(x), network_type_of(x))
         if key not in self.passes:
             self.passes[key] = _Pass(plan, self.weights, x, key[1])
         weights, own, scale = self.weights, self.blocks, None
@@ -153,13 +151,14 @@ def decode(blocks: Sequence[Block], x: Tensor, conditions: Tensor) -> tuple[Tens
     return Decoder(blocks)(x, conditions)
 
 
-def _network_type(x: Tensor) -> torch.dtype:
-    """What the coupling networks' matrix products are taken in."""
+def network_type_of(x: Tensor) -> torch.dtype:
+    """What the coupling networks' matrix products are taken in: autocast's type, or that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _layers(block: Block) -> tuple[nn.Linear, nn.Linear]:
+def layers_of(block: Block) -> tuple[nn.Linear, nn.Linear]:
+    """Those of its coupling network; ValueError where it is another one."""
     first, last = block.layers()
     if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
         raise ValueError(f"the coupling network must be Linear, ReLU, Linear, not {block.subnet}")
@@ -520,111 +519,3 @@ class _Decode(torch.autograd.Function):
             own = weights.blocks(passes.plan.kept)
             gx = passes.backward(weights, own, gradients, gz.t(), g_log_det, need_x=ctx.needs_input_grad[2])
         return (None, None, None if gx is None else gx.t(), None, *gradients)
-
-
-class _Folded(NamedTuple):
-    """A block with what is constant over images multiplied out; for scoring, without gradients.
-
-    Attributes:
-        block: whose passes these are.
-        first: W1's columns that see x1, (hidden, C1).
-        table: W1's other columns applied to the conditions, plus b1, (positions, hidden).
-        last, last_bias: W2 and b2, scaled.
-        weight: M P diag(scale), (C, C); None for a hard permutation without LU.
-        bias: (C,): of ``weight``, or before the permutation where that is None.
-        scale: (C,), where ``weight`` is None and there is one.
-        constant: of ln|det|, 0-dim; None for zero.
-    """
-
-    block: Block
-    first: Tensor
-    table: Tensor
-    last: Tensor
-    last_bias: Tensor
-    weight: Tensor | None
-    bias: Tensor
-    scale: Tensor | None
-    constant: Tensor | None
-
-    def __call__(self, x: Tensor, positions: slice) -> tuple[Tensor, Tensor | None]:
-        """x (N, Q, C) at Q ``positions`` -> (y (N, Q, C), ln|det| (N, Q), 0-dim, or None for zero)."""
-        k = self.block.splits[0]
-        hidden = F.relu(F.linear(x[..., :k].to(self.first.dtype), self.first) + self.table[positions])
-        a = F.linear(hidden, self.last, self.last_bias).to(x.dtype)
-        x2, local = _couple(self.block, x[..., k:], a)
-        y = torch.cat((x[..., :k], x2), dim=-1)
-        if self.weight is not None:
-            y = F.linear(y, self.weight, self.bias)
-        else:
-            y = y + self.bias if self.scale is None else torch.addcmul(self.bias, y, self.scale)
-            y = y.index_select(-1, self.block.order)  # without a weight it is hard
-        if local is None or self.constant is None:
-            return y, self.constant if local is None else local
-        return y, local + self.constant
-
-
-def _couple(block: Block, x2: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(second half of the channels, ln|det| or None for zero); channels last, ``a`` already scaled."""
-    if block.options.coupling == "additive":
-        return x2 + a, None
-    half = x2.shape[-1]
-    log_scale = block.clamp * torch.tanh(a[..., :half])
-    local = None
-    if block.options.coupling == "gin":
-        log_scale -= log_scale.mean(dim=-1, keepdim=True)  # their sum is zero, and is not added up
-    else:
-        local = log_scale.sum(dim=-1)
-    return torch.addcmul(a[..., half:], x2, log_scale.exp_()), local
-
-
-def _fold(block: Block, conditions: Tensor, network_type: torch.dtype) -> _Folded:
-    _, last = _layers(block)
-    at_x1, table = block.seen(conditions)
-    scale = block.global_scale_activation(block.global_scale).flatten() if block.options.global_scale else None
-    weight, bias = None, block.global_offset.flatten()
-    if block.lu is not None or not block.hard:
-        weight, bias = block.after_coupling()
-    return _Folded(
-        block=block,
-        first=at_x1.to(network_type),
-        table=table.to(network_type),
-        last=(SUBNET_SCALE * last.weight).to(network_type),
-        last_bias=(SUBNET_SCALE * last.bias).to(network_type),
-        weight=weight,
-        bias=bias,
-        scale=scale,
-        constant=block.log_scale() if block.options.global_scale or block.options.diagonal == "learned" else None,
-    )
-
-
-def decode_maps(blocks: Sequence[Block], maps: Tensor, conditions: Tensor, *, vectors: int) -> tuple[Tensor, Tensor]:
-    """Feature maps (N, C, H, W) -> (latent maps, ln|det dz/dx| by position (N, H, W), nats), without gradients.
-
-    The values are those of :func:`decode`, up to rounding.
-
-    Args:
-        blocks: as there.
-        maps: of images.
-        conditions: of each position, (H * W, P), the same for all images.
-        vectors: about how many go through at a time. Bounds memory; the result does not depend on it.
-    """
-    network_type = _network_type(maps)
-    images, positions = len(maps), maps.shape[2] * maps.shape[3]
-    rows = maps.flatten(2).transpose(1, 2)
-    # An exporter would unroll a loop into its graph.
-    step = positions if torch.compiler.is_compiling() or torch.jit.is_tracing() else max(1, vectors // images)
-    hidden, log_dets = [], []
-    with torch.no_grad(), torch.autocast(maps.device.type, enabled=False):
-        folded = [_fold(block, conditions, network_type) for block in blocks]
-        for start in range(0, positions, step):
-            part = slice(start, start + step)
-            z = rows[:, part]
-            log_det = z.new_zeros(z.shape[:2])
-            for block in folded:
-                z, local = block(z, part)
-                if local is not None:
-                    log_det = log_det + local
-            hidden.append(z)
-            log_dets.append(log_det)
-        z = torch.cat(hidden, dim=1).transpose(1, 2).reshape(maps.shape)
-        return z, torch.cat(log_dets, dim=1).reshape(images, *maps.shape[2:])
