@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def test_training_leaves_one_file_and_is_not_repeated(tmp_path: Path) -> None:
     areas, fibres = rescoring.summary(pd.DataFrame(rows))
     assert list(areas.index) == list(rescoring.WAYS)
     assert (fibres["seeds"] == 1).all()
+    # Both were trained in one run, whose machine and versions stand beside the rows; a run known before stays.
+    (name,) = {row["run"] for row in rows}
+    origins = json.loads((tmp_path / "all.json").read_text("utf8"))
+    assert set(origins) == {name}
+    assert origins[name]["versions"]["torch"] == torch.__version__.split("+")[0]
+    (tmp_path / "runs" / "runs" / f"{name}.json").unlink()
+    rescoring.gather(tmp_path / "runs", tmp_path / "all.csv")
+    assert json.loads((tmp_path / "all.json").read_text("utf8")) == origins
     before = [path.stat().st_mtime_ns for path in files]
     rescoring.run(images, settings, tmp_path / "runs", weights="random", progress=False, say=said.append)
     assert len(said) == 2

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -64,11 +65,13 @@ COLUMNS = [
     "category", "coupling", "mixing", "seed", "epoch", "epochs", "steps", "way", "image_auroc", "pixel_auroc",
     "max_log_prob", "max_log_prob_normal", "nonfinite", "loss", "loss_kind", "size", "batch_size", "fiber_batch_size",
     "train_images", "test_images", "parameters", "seconds", "weights_sha256", "manifest_sha256", "settings_hash",
-    "revision", "status", "error",
+    "revision", "run", "status", "error",
 ]
 # fmt: on
 
 LAYERS = ("layer1", "layer2", "layer3")
+PACKAGES = ("torch", "anomalib", "timm")
+"""Whose versions the provenance of a run has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +242,9 @@ def run(
         named = folder / f"{images.name}-{setting.name}-{records.settings_hash(own)}.csv"
         targets.append((setting, known.get((images.name, *own), named)))
     waiting = [(setting, path) for setting, path in targets if not path.is_file()]
+    run_name = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     if waiting:
+        records.write_json(folder / "runs" / f"{run_name}.json", records.provenance(PACKAGES))
         backbone = backbones.build(chosen)
         train, test = (
             extract(backbone, files, size, cache=cache, key=cache_key(chosen), progress=progress)
@@ -269,6 +274,7 @@ def run(
             "manifest_sha256": images.manifest.sha256[:12],
             "settings_hash": setting.hash(fiber_batch_size),
             "revision": records.git_revision(),
+            "run": run_name,
             "status": "ok",
         }
 
@@ -321,7 +327,9 @@ def run(
 
 
 def gather(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """All files of ``folder`` as one CSV file, sorted, with provenance beside it; returns the rows.
+    """All files of ``folder`` as one CSV file, sorted, with the provenance of their runs beside it; returns the rows.
+
+    Runs that the file beside ``out`` already knows are kept where their rows are.
 
     Raises:
         FileNotFoundError: no file in ``folder``.
@@ -335,9 +343,13 @@ def gather(folder: Path, out: Path) -> list[dict[str, Any]]:
             if known[tuple(names.values())] == path:  # once, where two files have it
                 # Files from before a training could fail have no column that says so.
                 hashes = {name: value for name, value in names.items() if name.endswith(("hash", "sha256"))}
-                rows.append({"status": "ok", "error": None} | row | hashes)
+                rows.append({"run": None, "status": "ok", "error": None} | row | hashes)
+    beside = out.with_suffix(".json")
+    origins = json.loads(beside.read_text("utf8")) if beside.is_file() else {}
+    origins |= {path.stem: json.loads(path.read_text("utf8")) for path in (folder / "runs").glob("*.json")}
+    used = sorted({row["run"] for row in rows} & set(origins))
     records.write_csv(out, rows, COLUMNS, digits=5)
-    records.write_json(out.with_suffix(".json"), records.provenance(("torch", "anomalib", "timm")))
+    records.write_json(beside, {name: origins[name] for name in used})
     return rows
 
 
@@ -524,7 +536,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path, default=paths.build("rescoring"), help="folder of the files")
-    parser.add_argument("--gather", type=Path, help="write all files of --out into this one")
+    parser.add_argument(
+        "--gather", type=Path, help="write all files of --out into this one; to add to it, copy it into --out first"
+    )
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args(arguments)
     files = []
