@@ -28,9 +28,11 @@ from scipy import stats
 
 from usf import paths
 from usf.study import grid, records
+from usf.study.ablation import BASE, USF
 from usf.study.metrics import auroc
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from usf.detectors.backbones import Weights
@@ -44,8 +46,11 @@ __all__ = [
     "SHARES",
     "Case",
     "feature_variance",
+    "gains",
     "load",
+    "means",
     "measure",
+    "outcomes",
     "pooled",
     "publish",
     "run",
@@ -315,6 +320,98 @@ def load(folder: Path | None = None) -> list[dict[str, Any]]:
     """Published rows; by default from ``data/results/positions``; none where that is not there."""
     path = (paths.results("positions") if folder is None else folder) / "records.csv"
     return records.read_csv(path) if path.is_file() else []
+
+
+def means(rows: Sequence[Mapping[str, Any]], score: str = "norm") -> pd.DataFrame:
+    """Every measure, mean over seeds: a row a detector, class and flow (``affine``, ``additive``, ``additive + LU``).
+
+    Args:
+        rows: from :func:`load`.
+        score: whose maps.
+
+    Returns:
+        index ``detector, dataset, category, flow``; columns ``seeds`` and the measures. Failed trainings are left out.
+    """
+    import pandas as pd
+
+    own = [row for row in rows if row["score"] == score and row["status"] == "ok"]
+    table = pd.DataFrame(own, columns=list(COLUMNS))
+    table["flow"] = [row["coupling"] + " + LU" * (row["mixing"] == "lu") for row in own]
+    groups = table.groupby(["detector", "dataset", "category", "flow"], sort=False)
+    found = groups[list(MEASURED)].mean()
+    found.insert(0, "seeds", groups["seed"].nunique())
+    return found
+
+
+def gains(table: pd.DataFrame, measure: str) -> pd.Series:
+    """Additive + LU minus affine, for every detector and class that has both; from :func:`means`, in its units."""
+    wide = table[measure].unstack("flow").reindex(columns=[USF, BASE])
+    return (wide[USF] - wide[BASE]).dropna().rename(measure)
+
+
+def _spots(values: pd.Series, form: str) -> str:
+    from usf.study.paper import DETECTORS
+
+    places = values.index.to_frame(index=False)
+    return ", ".join(
+        f"{value:{form}} ({DETECTORS[detector]}, {category})"
+        for detector, category, value in zip(places["detector"], places["category"], values, strict=True)
+    )
+
+
+def _verdict(as_predicted: bool) -> str:
+    return "as predicted" if as_predicted else "against the prediction"
+
+
+def _range(values: pd.Series, form: str) -> str:
+    return f"{values.min():{form}} to {values.max():{form}}"
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What came of P1 to P5 in ``book/predictions-positions.md``, a sentence each.
+
+    A prediction that no trainings on record speak of is missing.
+    """
+    table = means(rows)
+    flows = table.reset_index("flow")
+    affine, additive = flows[flows["flow"] == BASE], flows[flows["flow"] != BASE]
+    if affine.empty or additive.empty:
+        return {}
+    found = {}
+    ratios = (additive["level_cv"] / affine["level_cv"].reindex(additive.index)).dropna()
+    found["P1"] = (
+        f"over positions the affine flows' level varies by {_range(affine['level_cv'], '.0%')} of itself, the additive "
+        f"ones' by {_range(additive['level_cv'], '.0%')}; the smallest ratio on one class is {ratios.min():.1f}: "
+        + _verdict(bool((ratios >= 3).all()))
+    )
+    ranks = additive["level_variance_rank"], affine["level_variance_rank"]
+    found["P2"] = (
+        f"the rank correlation of level and variance of the features is {_range(ranks[0], '.2f')} for the additive "
+        f"flows: {_verdict(bool((ranks[0] > 0.5).all()))}; and {_range(ranks[1], '.2f')} for the affine ones: "
+        + _verdict(bool((ranks[1] < 0.5).all()))
+    )
+    levels = 100 * gains(table, "pixel_level")
+    found["P3"] = (
+        f"the level alone has a pixel AUROC that is larger for additive + LU by {_range(levels, '.1f')} points: "
+        + _verdict(bool((levels >= 10).all()))
+    )
+    everywhere, inside = (100 * gains(table, name) for name in ("pixel", "pixel_inside"))
+    asked = everywhere.index[(everywhere.index.get_level_values("category") == "pill") & (everywhere > 0)]
+    asked = asked[asked.get_level_values("detector") != "cflow"]
+    if len(asked):
+        found["P4"] = (
+            f"of the gain in pixel AUROC of {_spots(everywhere[asked], '+.1f')} points, the positions where defects "
+            f"lie keep {_spots(inside[asked], '+.1f')}: {_verdict(bool((inside[asked] < everywhere[asked] / 2).all()))}"
+        )
+    highest, tenth = (100 * gains(table, name) for name in ("image_0", "image_0.1"))
+    asked = highest.index[highest.index.get_level_values("category") == "pill"]
+    if len(asked):
+        shrunk = tenth[asked].abs() < highest[asked].abs() / 2
+        found["P5"] = (
+            f"of the difference in image AUROC of {_spots(highest[asked], '+.1f')} points, the mean of the highest "
+            f"tenth leaves {_spots(tenth[asked], '+.1f')}: {_verdict(bool(shrunk.all()))}"
+        )
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
