@@ -22,7 +22,7 @@ CHAPTERS := book/intro.md $(wildcard book/[0-9][0-9]-*.md) book/appendix-reprodu
 NOTEBOOKS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(CHAPTERS))
 RUNS := $(patsubst book/%.md,build/notebooks/%.ipynb,$(wildcard book/runs/*.md))
 # Folders of build/ with records that only trainings can make again; `make clean` keeps these and deletes the rest.
-RECORDS := ablation alarms benchmark hybrid limits mixtures rescoring stability uncounted
+RECORDS := ablation alarms benchmark hybrid limits mixtures positions rescoring stability uncounted
 # Where `make publish` finds what `make book` left for download.
 PORTABLE := _build/html/_sources/book
 

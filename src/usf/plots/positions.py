@@ -87,7 +87,7 @@ def levels_and_scores(rows: Sequence[Mapping[str, Any]], dataset: str, category:
             axis.grid(axis="y")
     left, middle, right = axes[-1]
     left.set_xlabel("positions, %")
-    middle.set_xticks(places, ["max", *(f"{100 * share:g}" for share in SHARES[1:])])
+    middle.set_xticks(places, ["max", *(f"{100 * share:g}" for share in SHARES[1:])], fontsize=8)
     middle.set_xlabel("highest positions averaged, %")
     right.set_xticks(range(len(PIXELS)), list(PIXELS.values()))
     handles = [

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from usf.detectors.backbones import Weights
-    from usf.study.benchmark import Cell
+    from usf.study import benchmark
     from usf.study.features import Features
     from usf.study.images import ImageFolder
 
@@ -184,7 +184,14 @@ COLUMNS = (
 
 
 def _train(
-    case: Case, cell: Cell, weights: Weights, train: Features, test: Features, labels: Any, masks: Any, progress: bool
+    case: Case,
+    cell: benchmark.Cell,
+    weights: Weights,
+    train: Features,
+    test: Features,
+    labels: Any,
+    masks: Any,
+    progress: bool,
 ) -> list[dict[str, Any]]:
     from usf.detectors import FlowOptions
     from usf.study import detection
@@ -216,7 +223,7 @@ def _train(
 
 
 def run(
-    cell: Cell,
+    cell: benchmark.Cell,
     images: ImageFolder,
     folder: Path,
     *,
