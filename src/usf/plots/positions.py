@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from usf.plots.ablation import color
 from usf.study import paper
 from usf.study.ablation import BASE, USF
-from usf.study.positions import QUANTILES, SHARES
+from usf.study.positions import GIN, QUANTILES, SHARES
 
 __all__ = ["levels_and_scores"]
 
-FLOWS = {BASE: "-", "additive": ":", USF: "-"}
+FLOWS = {BASE: "-", "additive": ":", USF: "-", GIN: "-"}
 """Flow -> line; a filled marker has LU, as in the ablation."""
 PIXELS = {
     "pixel": "map",
@@ -39,7 +39,7 @@ def _lines(axis: Axes, x: Sequence[float], runs: Mapping[str, Sequence[Sequence[
             continue
         for values in found:
             axis.plot(x, values, style, color=color(flow), lw=0.6, alpha=0.5)
-        face = color(flow) if flow == USF else "none"
+        face = color(flow) if flow.endswith("LU") else "none"
         axis.plot(
             x, np.mean(found, axis=0), style, color=color(flow), lw=1.6, marker=marker, ms=4, markerfacecolor=face
         )
@@ -74,10 +74,10 @@ def levels_and_scores(rows: Sequence[Mapping[str, Any]], dataset: str, category:
         pooled = {flow: [[100 * r[f"image_{s:g}"] for s in SHARES] for r in f] for flow, f in runs.items()}
         _lines(middle, places, pooled, "s")
         for number, (flow, found) in enumerate(runs.items()):
-            face = color(flow) if flow == USF else "none"
+            face = color(flow) if flow.endswith("LU") else "none"
             for x, name in enumerate(PIXELS):
                 values = [100 * r[name] for r in found]
-                at = np.full(len(values), x + 0.16 * (number - 1))
+                at = np.full(len(values), x + 0.16 * (number - 1.5))
                 right.plot(at, values, "s", color=color(flow), markerfacecolor=face, ms=4)
         left.set_ylabel(f"{paper.DETECTORS[detector]}\nlevel, over its mean")
         middle.set_ylabel("image AUROC, %")
@@ -93,9 +93,10 @@ def levels_and_scores(rows: Sequence[Mapping[str, Any]], dataset: str, category:
     handles = [
         Line2D(
             [], [], color=color(flow), ls=style, marker="s", ms=4, label=flow,
-            markerfacecolor=color(flow) if flow == USF else "none",
+            markerfacecolor=color(flow) if flow.endswith("LU") else "none",
         )
         for flow, style in FLOWS.items()
+        if any(_flow(row) == flow for row in own)
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return figure

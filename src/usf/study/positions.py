@@ -62,6 +62,7 @@ SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 QUANTILES = tuple(range(0, 101, 5))
 """Percent of the positions; see ``level_*`` of :func:`measure`."""
 SCORES = ("norm", "log_prob", "anomalib")
+GIN = "gin + LU"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -375,13 +376,13 @@ def _range(values: pd.Series, form: str) -> str:
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What came of P1 to P5 in ``book/predictions-positions.md``, a sentence each.
+    """What came of P1 to P6 in ``book/predictions-positions.md``, a sentence each.
 
     A prediction that no trainings on record speak of is missing.
     """
     table = means(rows)
     flows = table.reset_index("flow")
-    affine, additive = flows[flows["flow"] == BASE], flows[flows["flow"] != BASE]
+    affine, additive = flows[flows["flow"] == BASE], flows[flows["flow"].isin(["additive", USF])]
     if affine.empty or additive.empty:
         return {}
     found = {}
@@ -417,6 +418,15 @@ def outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         found["P5"] = (
             f"of the difference in image AUROC of {_spots(highest[asked], '+.1f')} points, the mean of the highest "
             f"tenth leaves {_spots(tenth[asked], '+.1f')}: {_verdict(bool(shrunk.all()))}"
+        )
+    wide = table["level_cv"].unstack("flow").reindex(columns=[GIN, USF])
+    moved = (wide[GIN] / wide[USF]).dropna()
+    moved = moved[moved.index.get_level_values("category") == "pill"]
+    if len(moved):
+        alone = moved.index.get_level_values("detector") == "cflow"
+        found["P6"] = (
+            f"the level of GIN + LU varies by {_spots(moved, '.2f')} of what that of additive + LU does: "
+            + _verdict(bool((moved[~alone] < 0.5).all() and (moved[alone] > 0.5).all()))
         )
     return found
 
