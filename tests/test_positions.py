@@ -14,7 +14,7 @@ pytest.importorskip("anomalib", reason="needs the detectors extra")
 
 from usf.detectors import resolve
 from usf.plots.positions import levels_and_scores
-from usf.study import benchmark, grid, positions, textures
+from usf.study import benchmark, detection, grid, positions, textures
 from usf.study.features import Features
 from usf.study.images import read
 from usf.study.metrics import auroc
@@ -116,6 +116,36 @@ def test_trainings_leave_files_and_are_published_once(tmp_path: Path, capsys: py
     assert positions.load(tmp_path / "nothing") == []
 
 
+def test_a_failure_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that breaks off, and maps that are not finite; the next one is trained all the same."""
+    images, weights = read(textures.ensure(small=True)), resolve("random", announce=None)
+    flows = grid.variants(["affine", "additive"])
+    cell = benchmark.cell("textures", "weave", "fastflow", profile="smoke", variants=flows, size=32)
+    fit, evaluate = detection.fit, detection.evaluate_scores
+
+    def diverge(model: Any, *arguments: Any, **options: Any) -> Any:
+        if model.options.coupling == "affine":
+            raise detection.NotFiniteError("FastFlow: the loss is nan at epoch 1, step 2", epoch=1, steps=1)
+        return fit(model, *arguments, **options)
+
+    def overflow(*arguments: Any, **options: Any) -> Any:
+        found = evaluate(*arguments, **options)
+        found["log_prob"].maps[0, 0, 0] = np.inf
+        return found
+
+    monkeypatch.setattr(detection, "fit", diverge)
+    monkeypatch.setattr(detection, "evaluate_scores", overflow)
+    positions.run(cell, images, tmp_path / "runs", weights=weights, progress=False)
+    positions.publish(tmp_path / "runs", tmp_path / "out")
+    rows = {(row["coupling"], row["score"]): row for row in positions.load(tmp_path / "out")}
+    assert {rows["affine", score]["error"] for score in positions.SCORES} == {
+        "FastFlow: the loss is nan at epoch 1, step 2"
+    }
+    assert rows["additive", "log_prob"]["error"] == "2 values of the maps are not finite"
+    assert rows["additive", "norm"]["status"] == "ok"
+    assert list(positions.means(list(rows.values())).index.get_level_values("flow")) == ["additive"]
+
+
 def _rows(**changes: dict[str, float]) -> list[dict[str, Any]]:
     """Rows of pill for three flows and the detectors; ``changes``: flow -> measures."""
     common = dict.fromkeys(positions.MEASURED, 0.5) | {"level_cv": 0.05, "level_variance_rank": 0.2}
@@ -166,7 +196,24 @@ def test_outcomes_need_both_flows() -> None:
     assert list(positions.gains(positions.means(rows), "pixel").round(9)) == [0.04] * 3
 
 
-def test_figure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a data set, a class and a detector"),
+        (["mvtec"], "needs a class and a detector"),
+        (["mvtec", "pil", "fastflow", "--images", "nowhere"], "MVTec AD has no class 'pil'"),
+        (["textures", "weave", "fastflow", "--variants", "planar"], "planar"),
+        (["--publish", "--out", "nowhere"], "nowhere holds no trainings"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        positions.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_figure() -> None:
     figure = levels_and_scores(_rows(), "mvtec", "pill")
     assert len(figure.axes) == 9
     plt.close(figure)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from usf.study import benchmark
     from usf.study.features import Features
     from usf.study.images import ImageFolder
+    from usf.study.schema import Score
 
 __all__ = [
     "COLUMNS",
@@ -61,7 +62,7 @@ SHARES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Of a map's positions, the highest ones, whose mean is an image's score; 0 is the maximum alone."""
 QUANTILES = tuple(range(0, 101, 5))
 """Percent of the positions; see ``level_*`` of :func:`measure`."""
-SCORES = ("norm", "log_prob", "anomalib")
+SCORES: tuple[Score, ...] = ("norm", "log_prob", "anomalib")
 GIN = "gin + LU"
 
 
@@ -209,15 +210,17 @@ def _train(
         failed = {"status": "failed", "error": " ".join(str(error).split())}
         return [{"score": score, **failed, "seconds": time.perf_counter() - started} for score in SCORES]
     normal, seen = (
-        detection.evaluate_scores(model, part, SCORES, batch_size=cell.score_batch)  # type: ignore[arg-type]
-        for part in (train, test)
+        detection.evaluate_scores(model, part, SCORES, batch_size=cell.score_batch) for part in (train, test)
     )
     variance = feature_variance(train, case.size)
     rows = []
     for score in SCORES:
         row: dict[str, Any] = {"score": score, "status": "ok", "error": None, "seconds": history.seconds}
-        row |= measure(normal[score].maps, seen[score].maps, labels, masks)  # type: ignore[index]
-        level = normal[score].maps.mean(axis=0)  # type: ignore[index]
+        if lost := sum(int(np.count_nonzero(~np.isfinite(part[score].maps))) for part in (normal, seen)):
+            rows.append(row | {"status": "failed", "error": f"{lost} values of the maps are not finite"})
+            continue
+        row |= measure(normal[score].maps, seen[score].maps, labels, masks)
+        level = normal[score].maps.mean(axis=0)
         row["level_variance_rank"] = float(stats.spearmanr(level.ravel(), variance.ravel()).statistic)
         rows.append(row)
     return rows
@@ -455,11 +458,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
+    if not (given.dataset or given.publish):
+        parser.error("give a data set, a class and a detector, as in: mvtec pill fastflow; or --publish")
+    if given.dataset and not (given.category and given.detector):
+        parser.error("a data set needs a class and a detector, as in: mvtec pill fastflow")
     files: list[Path] = []
-    if given.dataset:
-        if not (given.category and given.detector):
-            parser.error("a data set needs a class and a detector: mvtec pill fastflow")
-        try:
+    try:
+        if given.dataset:
             cell = benchmark.cell(
                 given.dataset,
                 given.category,
@@ -472,11 +477,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             small = given.profile == "smoke"
             images = benchmark.find_images(given.dataset, given.category, given.images, small=small)
             weights = backbones.resolve(given.weights, backbone=cell.backbone, layers=cell.layers)
-        except (ValueError, FileNotFoundError, ConnectionError) as error:
-            parser.error(str(error))
-        files = run(cell, images, given.out, weights=weights, cache=paths.cache("features"), progress=not given.quiet)
-    if given.publish:
-        print(f"{publish(given.out, paths.results('positions'))} trainings in data/results/positions")
+            cache = paths.cache("features")
+            files = run(cell, images, given.out, weights=weights, cache=cache, progress=not given.quiet)
+        if given.publish:
+            print(f"{publish(given.out, paths.results('positions'))} trainings in data/results/positions")
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        parser.error(str(error))
     rows = [row for path in files for row in json.loads(path.read_text("utf8"))["rows"]]
     return int(any(row["status"] == "failed" for row in rows))
 
