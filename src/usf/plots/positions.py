@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from usf.plots.ablation import color
+from usf.plots.theme import INK
 from usf.study import paper
 from usf.study.ablation import BASE, USF
 from usf.study.positions import GIN, QUANTILES, SHARES
@@ -32,6 +33,10 @@ def _flow(row: Mapping[str, Any]) -> str:
     return str(row["coupling"]) + " + LU" * (row["mixing"] == "lu")
 
 
+def _face(flow: str) -> str:
+    return color(flow) if flow.endswith("LU") else "none"
+
+
 def _lines(axis: Axes, x: Sequence[float], runs: Mapping[str, Sequence[Sequence[float]]], marker: str = "") -> None:
     """A thin line a seed and a thick one their mean."""
     for flow, style in FLOWS.items():
@@ -39,9 +44,15 @@ def _lines(axis: Axes, x: Sequence[float], runs: Mapping[str, Sequence[Sequence[
             continue
         for values in found:
             axis.plot(x, values, style, color=color(flow), lw=0.6, alpha=0.5)
-        face = color(flow) if flow.endswith("LU") else "none"
         axis.plot(
-            x, np.mean(found, axis=0), style, color=color(flow), lw=1.6, marker=marker, ms=4, markerfacecolor=face
+            x,
+            np.mean(found, axis=0),
+            style,
+            color=color(flow),
+            lw=1.6,
+            marker=marker,
+            ms=4,
+            markerfacecolor=_face(flow),
         )
 
 
@@ -74,15 +85,14 @@ def levels_and_scores(rows: Sequence[Mapping[str, Any]], dataset: str, category:
         pooled = {flow: [[100 * r[f"image_{s:g}"] for s in SHARES] for r in f] for flow, f in runs.items()}
         _lines(middle, places, pooled, "s")
         for number, (flow, found) in enumerate(runs.items()):
-            face = color(flow) if flow.endswith("LU") else "none"
             for x, name in enumerate(PIXELS):
                 values = [100 * r[name] for r in found]
                 at = np.full(len(values), x + 0.16 * (number - 1.5))
-                right.plot(at, values, "s", color=color(flow), markerfacecolor=face, ms=4)
+                right.plot(at, values, "s", color=color(flow), markerfacecolor=_face(flow), ms=4)
         left.set_ylabel(f"{paper.DETECTORS[detector]}\nlevel, over its mean")
         middle.set_ylabel("image AUROC, %")
         right.set_ylabel("pixel AUROC, %")
-        right.axhline(50, color="0.5", lw=0.8, ls="--")
+        right.axhline(50, color=INK, lw=0.8, ls="--")
         for axis in (left, middle, right):
             axis.grid(axis="y")
     left, middle, right = axes[-1]
@@ -93,7 +103,7 @@ def levels_and_scores(rows: Sequence[Mapping[str, Any]], dataset: str, category:
     handles = [
         Line2D(
             [], [], color=color(flow), ls=style, marker="s", ms=4, label=flow,
-            markerfacecolor=color(flow) if flow.endswith("LU") else "none",
+            markerfacecolor=_face(flow),
         )
         for flow, style in FLOWS.items()
         if any(_flow(row) == flow for row in own)
