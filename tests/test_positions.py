@@ -116,6 +116,12 @@ def test_trainings_leave_files_and_are_published_once(tmp_path: Path, capsys: py
     assert positions.load(tmp_path / "nothing") == []
 
 
+def test_a_cell_that_stops_by_itself_is_refused(tmp_path: Path) -> None:
+    cell = benchmark.cell("textures", "weave", "fastflow", profile="full", size=32)
+    with pytest.raises(ValueError, match="stopping='normal': positions are looked at after a fixed number"):
+        positions.run(cell, read(textures.ensure(small=True)), tmp_path, weights=resolve("random", announce=None))
+
+
 def test_a_failure_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that breaks off, and maps that are not finite; the next one is trained all the same."""
     images, weights = read(textures.ensure(small=True)), resolve("random", announce=None)
@@ -203,6 +209,7 @@ def test_outcomes_need_both_flows() -> None:
         (["mvtec"], "needs a class and a detector"),
         (["mvtec", "pil", "fastflow", "--images", "nowhere"], "MVTec AD has no class 'pil'"),
         (["textures", "weave", "fastflow", "--variants", "planar"], "planar"),
+        (["textures", "weave", "fastflow", "--profile", "full"], "invalid choice"),
         (["--publish", "--out", "nowhere"], "nowhere holds no trainings"),
     ],
 )

@@ -1,9 +1,9 @@
 """What a map of anomalies owes to where it looks: its level by position, and what the maximum makes of it.
 
-A flow with a constant determinant moves a feature by what it sees around it, and scales it by the same factor
-everywhere. The level of its map on normal images is therefore the variance that is left at a position, relative to the
-average one, where an affine flow can divide it out. This study trains detectors as the benchmark does and measures that
-level, what it alone is worth as a map, and how images rank when their score is not the maximum of the map::
+Additive couplings move a feature by what they see around it, and its scale is the same everywhere. The level of their
+map on normal images is therefore the variance that is left at a position, relative to the average one, where an affine
+coupling can divide it out. This study trains detectors as the benchmark does, for a fixed number of epochs, and looks
+at that level, what it alone is worth as a map, and how images rank when their score is not the maximum of the map::
 
     python -m usf.study.positions mvtec pill fastflow --variants affine additive additive-lu --seeds 0-2 --epochs 6
     python -m usf.study.positions --publish
@@ -107,7 +107,7 @@ def standardised(maps: NDArray[np.floating[Any]], normal: NDArray[np.floating[An
 
     Args:
         maps: of test images.
-        normal: of normal images that are none of them, (M, H, W).
+        normal: of normal images that are none of them, (M, H, W); in this study those that were trained on.
 
     Raises:
         ValueError: a position where ``normal`` does not vary.
@@ -238,7 +238,8 @@ def run(
     """Train what has no file yet, one JSON file a training.
 
     Args:
-        cell: as of the benchmark.
+        cell: as of the benchmark, with a fixed number of epochs; its learning rate and its detector's other options
+            are the defaults.
         images: of the class, with masks.
         folder: of the files.
         weights: of the backbone.
@@ -246,12 +247,14 @@ def run(
         progress: show bars.
 
     Raises:
-        ValueError: images without masks.
+        ValueError: images without masks, or a cell that stops by another rule.
     """
     from usf.detectors import backbones
     from usf.study.features import cache_key, extract
     from usf.study.images import load_masks
 
+    if cell.stopping != "fixed":
+        raise ValueError(f"stopping={cell.stopping!r}: positions are looked at after a fixed number of epochs")
     images = images.subset(cell.train_images, cell.per_kind)
     if not images.has_masks:
         raise ValueError(f"{images.name} has no masks: positions can only be looked at with a ground_truth folder")
@@ -447,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("detector", nargs="?", choices=grid.DETECTORS)
     parser.add_argument("--variants", nargs="+", default=["affine", "additive", "additive-lu"])
     parser.add_argument("--seeds", nargs="+", default=["0"], help="as in: 0 1 2, or 0-4")
-    parser.add_argument("--profile", default="book", help="smoke, book or full")
+    parser.add_argument("--profile", default="book", choices=["smoke", "book"])
     parser.add_argument("--epochs", type=int, help="instead of the profile's")
     parser.add_argument("--images", help="folder of the class, in MVTec layout")
     parser.add_argument("--weights", help="a safetensors file, 'hub' or 'random'; by default what is found")
