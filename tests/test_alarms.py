@@ -63,11 +63,11 @@ def test_a_run_is_kept_and_comes_back(ran: tuple[Path, list[dict[str, object]]],
     ]
     assert set(json.loads((tmp_path / "provenance.json").read_text())) == {row["run"] for row in folds}
     for row, found, given_ in zip(folds, scores["textures"], results, strict=True):
-        for score in ("map", "norm"):
+        for score in alarms.SCORES:
             for part in alarms.PARTS:
                 values = getattr(found[score], part)
                 assert np.allclose(values, given_["scores"][score][part], rtol=1e-8)  # type: ignore[index]
-                assert np.all(values > 0)
+                assert np.all(values > 0) or score == "standardised"
         assert len(found["map"].fit) == row["fit"] == 6
         assert len(found["map"].held_out) == row["held_out"] == 6
         assert len(found["map"].normal) + len(found["map"].anomalous) == row["test"]
@@ -75,6 +75,32 @@ def test_a_run_is_kept_and_comes_back(ran: tuple[Path, list[dict[str, object]]],
         assert 0.05 < np.median(found["norm"].fit) ** 2 / row["dimension"] < 5
     names = [set(given_["names"]["held_out"]) for given_ in results]  # type: ignore[index]
     assert not names[0] & names[1]
+
+
+def test_scores_compare_each_position_with_what_is_normal_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that is high at one position in every normal image, and a defect elsewhere that is lower than that."""
+    from usf.study import detection
+
+    quiet = np.array([[[4.0, 1.0], [1.0, 1.0]], [[6.0, 3.0], [3.0, 3.0]]], dtype=np.float32)
+    bad = quiet[:1].copy()
+    bad[0, 1, 1] = 5.0
+    maps = {"fit": quiet, "held_out": quiet, "test": np.concatenate([quiet[1:], bad])}
+    monkeypatch.setattr(
+        detection,
+        "evaluate",
+        lambda model, part: detection.Evaluation(
+            maps[part], maps[part].max(axis=(1, 2)), np.full(len(maps[part]), 8.0), np.zeros((len(maps[part]), 1))
+        ),
+    )
+    masks = np.concatenate([np.zeros((1, 2, 2), bool), bad == 5.0])
+    labels = np.array([False, True])
+    scores, areas = alarms.measure(None, "fit", "held_out", "test", labels, masks)  # type: ignore[arg-type]
+    found = {name: (float(scores[name].normal[0]), float(scores[name].anomalous[0])) for name in alarms.SCORES}
+    # Mean 5 and 2, standard deviation 1: what is (6, 3) becomes (1, 1), and 5 at a quiet position 3.
+    assert found == {"map": (6, 5), "relative": (1.5, 2.5), "standardised": (1, 3), "norm": (4, 4)}
+    assert areas["pixel_auroc_map"] == pytest.approx(6 / 7)
+    assert areas["pixel_auroc_standardised"] == areas["pixel_auroc_relative"] == 1
+    assert alarms.measure(None, "fit", "held_out", "test", labels)[1] == {}  # type: ignore[arg-type]
 
 
 def test_brightness_is_the_mean_of_the_pixels() -> None:

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 from usf import paths
 from usf.study import records
 from usf.study.features import Features, extract
-from usf.study.images import ImageFolder, find, load_images, read
+from usf.study.images import ImageFolder, find, load_images, load_masks, read
+from usf.study.metrics import pixel_metrics
+from usf.study.positions import standardised
 from usf.study.profile import select
 
 if TYPE_CHECKING:
@@ -47,6 +49,14 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "textures": (),
 }
 """Name -> folder of a class under ``../shared/images``; an empty one is the built-in set."""
+
+SCORES = ("map", "relative", "standardised", "norm")
+"""One number for an image.
+
+``map``: the maximum of the anomaly map, by which images are told apart. ``relative``: the same of the map over its mean
+at each position, and ``standardised``: of the map less this mean and over its standard deviation; both over the
+training images. ``norm``: the norm of all latents of an image, whose law is chi under the Gaussian base.
+"""
 
 PARTS = ("fit", "held_out", "normal", "anomalous")
 """Images trained on; normal ones kept out of training; normal and anomalous test images."""
@@ -112,29 +122,46 @@ def fold_indices(count: int, folds: int, seed: int) -> list[NDArray[np.intp]]:
 
 
 def measure(
-    model: DetectorModel, fit: Features, held_out: Features, test: Features, labels: NDArray[np.bool_]
-) -> dict[str, Scores]:
-    """Both scores of a trained detector.
+    model: DetectorModel,
+    fit: Features,
+    held_out: Features,
+    test: Features,
+    labels: NDArray[np.bool_],
+    masks: NDArray[np.bool_] | None = None,
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """Every score of a trained detector.
 
     Args:
         model: trained.
         fit, held_out, test: features; see :class:`Scores`.
         labels: which test images are anomalous, (test images,).
+        masks: of the test images' defects, (test images, size, size).
 
     Returns:
-        ``"map"``: the maximum of the anomaly map, by which images are told apart; ``"norm"``: the norm of all latents
-        of an image, whose law is chi under the Gaussian base.
+        scores by their name in :data:`SCORES`; and, where there are ``masks``, the areas in [0, 1] of each kind of map
+        against them, ``pixel_auroc_MAP`` and ``aupro_MAP``.
     """
     from usf.study import detection
 
     found = [detection.evaluate(model, part) for part in (fit, held_out, test)]
-    out = {}
-    for name in ("map", "norm"):
-        own = [
-            np.asarray(part.scores, dtype=np.float64) if name == "map" else np.sqrt(2 * part.energies) for part in found
-        ]
-        out[name] = Scores(own[0], own[1], own[2][~labels], own[2][labels])
-    return out
+    known = found[0].maps
+    ways: dict[str, Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]]]] = {
+        "map": lambda maps: maps,
+        "relative": lambda maps: maps / known.mean(axis=0),
+        "standardised": lambda maps: standardised(maps, known),
+    }
+    parts = {name: [way(part.maps) for part in found] for name, way in ways.items()}
+    areas = {}
+    for name, (_, _, maps) in parts.items() if masks is not None else ():
+        pixels = pixel_metrics(masks, maps)
+        areas |= {f"pixel_auroc_{name}": pixels.auroc, f"aupro_{name}": pixels.aupro}
+    values = {name: [maps.max(axis=(1, 2)) for maps in own] for name, own in parts.items()}
+    values["norm"] = [np.sqrt(2 * part.energies) for part in found]
+    scores = {}
+    for name in SCORES:
+        own = [np.asarray(part, dtype=np.float64) for part in values[name]]
+        scores[name] = Scores(own[0], own[1], own[2][~labels], own[2][labels])
+    return scores, areas
 
 
 def f1_threshold(normal: Array, anomalous: Array) -> float:
@@ -180,6 +207,7 @@ def run_class(options: Settings, name: str, folder: Path, run: str, *, progress:
     backbone = backbones.build(weights)
     train = extract(backbone, images.train, options.size, progress=progress, label=f"{name}, training")
     test = extract(backbone, [s.path for s in images.test], options.size, progress=progress, label=f"{name}, test")
+    masks = load_masks(images.test, options.size)
     folds = fold_indices(len(images.train), options.folds, options.seed)
     for fold in missing:
         started = time.perf_counter()
@@ -211,8 +239,11 @@ def run_class(options: Settings, name: str, folder: Path, run: str, *, progress:
                 progress=progress,
                 label=f"{name}, fold {fold}",
             )
-            measured = measure(model, train.subset(fit.tolist()), train.subset(held.tolist()), test, images.labels)
+            measured, areas = measure(
+                model, train.subset(fit.tolist()), train.subset(held.tolist()), test, images.labels, masks
+            )
             row |= {"status": "ok", "epochs": history.epochs, "steps": history.steps, "loss": history.train[-1]}
+            row |= areas
             for score, values in measured.items():
                 kept[score] = {part: getattr(values, part).tolist() for part in PARTS}
         except (ArithmeticError, RuntimeError, ValueError) as error:
@@ -241,15 +272,15 @@ def run(options: Settings, folder: Path, *, progress: bool = True) -> list[dict[
     return [json.loads(path.read_text("utf8")) for path in files]
 
 
-FOLD_COLUMNS = tuple(
-    """
-    class fold fit held_out test dimension status reason epochs steps loss seconds weights manifest settings_hash run
-    """.split()
+FOLD_COLUMNS = (
+    *"class fold fit held_out test dimension status reason epochs steps loss".split(),
+    *(f"{area}_{name}" for area in ("pixel_auroc", "aupro") for name in SCORES if name != "norm"),
+    *"seconds weights manifest settings_hash run".split(),
 )
 """Columns of ``folds.csv``; ``loss`` in nats per dimension, the last epoch's mean over the training images."""
 
-SCORE_COLUMNS = ("class", "fold", "part", "image", "map", "norm")
-"""Columns of ``scores.csv``; ``part`` is one of :data:`PARTS`, ``map`` and ``norm`` as in :func:`measure`."""
+SCORE_COLUMNS = ("class", "fold", "part", "image", *SCORES)
+"""Columns of ``scores.csv``; ``part`` is one of :data:`PARTS`."""
 
 
 def write(results: Iterable[Mapping[str, Any]], folder: Path, out: Path) -> None:
@@ -308,7 +339,7 @@ def load(folder: Path | None = None) -> tuple[list[dict[str, Any]], dict[str, li
         found.setdefault(name, []).append(
             {
                 score: Scores(*(np.array([row[score] for row in parts[part]], dtype=np.float64) for part in PARTS))
-                for score in ("map", "norm")
+                for score in SCORES
             }
         )
     return folds, {name: found[name] for name in dict.fromkeys(row["class"] for row in folds) if name in found}
