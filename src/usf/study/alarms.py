@@ -151,10 +151,11 @@ def measure(
         "standardised": lambda maps: standardised(maps, known),
     }
     parts = {name: [way(part.maps) for part in found] for name, way in ways.items()}
-    areas = {}
-    for name, (_, _, maps) in parts.items() if masks is not None else ():
-        pixels = pixel_metrics(masks, maps)
-        areas |= {f"pixel_auroc_{name}": pixels.auroc, f"aupro_{name}": pixels.aupro}
+    areas: dict[str, float] = {}
+    if masks is not None:
+        for name, (_, _, maps) in parts.items():
+            pixels = pixel_metrics(masks, maps)
+            areas |= {f"pixel_auroc_{name}": pixels.auroc, f"aupro_{name}": pixels.aupro}
     values = {name: [maps.max(axis=(1, 2)) for maps in own] for name, own in parts.items()}
     values["norm"] = [np.sqrt(2 * part.energies) for part in found]
     scores = {}
