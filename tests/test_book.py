@@ -275,7 +275,7 @@ def test_search(visit: Visit) -> None:
     field_.fill("determinant")
     field_.press("Enter")
     page.wait_for_url("**/search.html?*")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
+    page.wait_for_selector("#search-results li a")
     target = page.locator("#search-results li a").first.get_attribute("href") or ""
     page.locator("#search-results li a").first.click()
     page.wait_for_load_state("load")
@@ -287,8 +287,9 @@ def test_search(visit: Visit) -> None:
 def test_search_needs_no_server(word: str, browser: Browser) -> None:
     """Opened as files, as `make book` says, the pages still find words."""
     page = browser.new_page()
+    page.set_default_timeout(120_000)
     page.goto(f"{(HTML / 'search.html').as_uri()}?q={word}")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
+    page.wait_for_selector("#search-results li a")
     found = [link.get_attribute("href") or "" for link in page.locator("#search-results li a").all()]
     page.close()
     assert found
