@@ -242,12 +242,29 @@ def test_a_full_disk_is_no_signal(tmp_path: Path) -> None:
     assert "No space left on device" in done.stderr
 
 
+# An epoch takes a moment at least: a busy machine may not look in time at one that takes none.
+SLOWLY = """
+import runpy, time
+from usf import inspection
+
+write = inspection.atomic_write
+
+def slow(*arguments):
+    write(*arguments)
+    time.sleep(0.05)
+
+inspection.atomic_write = slow
+runpy.run_module("usf", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_killed_and_interrupted_it_goes_on(tmp_path: Path) -> None:
     folder, out = parts(tmp_path / "p"), tmp_path / "r"
     arguments = ["inspect", str(folder), "--out", str(out), "--alpha", "0.2", *TINY, "--steps", "300"]
     seen = 0
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        with subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        slow = [sys.executable, "-c", SLOWLY, *arguments]
+        with subprocess.Popen(slow, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
             end = time.monotonic() + 120
             epochs = 0
             while epochs <= seen and process.poll() is None and time.monotonic() < end:
