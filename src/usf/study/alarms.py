@@ -140,6 +140,10 @@ def measure(
     Returns:
         scores by their name in :data:`SCORES`; and, where there are ``masks``, the areas in [0, 1] of each kind of map
         against them, ``pixel_auroc_MAP`` and ``aupro_MAP``.
+
+    Raises:
+        NotFiniteError: a score that is not finite, see :func:`usf.study.detection.evaluate`.
+        ValueError: a position where the maps of ``fit`` do not vary.
     """
     from usf.study import detection
 
