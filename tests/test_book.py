@@ -58,7 +58,8 @@ class Visit:
         """A reader's system prefers this theme, and has a window of this size."""
         self.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
         self.page.set_viewport_size(size)  # type: ignore[arg-type]
-        assert self.page.evaluate("() => document.documentElement.dataset.theme") == theme
+        # the theme learns of it from an event, which may come after this call has returned
+        self.page.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=theme)
         self.page.wait_for_timeout(400)  # the theme fades colours in
 
     def clean(self) -> None:
