@@ -171,6 +171,13 @@ CUT = r"""() => {
   return [...new Set(cut)];
 }"""
 
+CAPTIONS = r"""() => [...document.querySelectorAll("article caption")].filter(c => {
+  const range = document.createRange();
+  range.selectNodeContents(c);
+  const box = range.getBoundingClientRect(), place = (c.closest(".text_html") ?? document.body).getBoundingClientRect();
+  return box.width && (box.left < place.left - 1 || box.right > place.right + 1);
+}).map(c => c.textContent.trim().slice(0, 50))"""
+
 BROKEN_WORDS = r"""() => {
   const broken = [];
   for (const cell of document.querySelectorAll("article :is(td, th)")) {
@@ -233,6 +240,7 @@ def test_page(name: str, visit: Visit) -> None:
         width = page.evaluate("() => document.documentElement.scrollWidth")
         assert width <= size["width"], f"the page is {width} px wide in a window of {size['width']} px"
         assert page.evaluate(CUT) == [], f"cut off, and not to be reached by scrolling, at {size['width']} px, {theme}"
+        assert page.evaluate(CAPTIONS) == [], f"captions that are cut off at {size['width']} px"
         broken = page.evaluate(BROKEN_WORDS)
         assert broken == [], f"words of a table that do not fit their cells at {size['width']} px"
     visit.clean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 
 import pandas as pd
@@ -40,12 +41,13 @@ def show(table: pd.DataFrame, *, precision: int = 3, caption: str | None = None,
 
     Args:
         precision: digits after the decimal point.
-        caption: one sentence on what the rows are.
+        caption: one sentence on what the rows are, plain text.
         index: whether the row labels say something.
     """
     # The class makes the theme treat it like any data frame, in the dark too; pandas leaves it out of styled tables.
     styler = table.style.format(precision=precision, na_rep="–").set_table_attributes('class="dataframe"')
-    styler = styler.set_table_styles([{"selector": "th, td", "props": "padding: 0.15em 0.6em"}])
+    styler = styler.set_table_styles([{"selector": "th, td", "props": "padding: 0.15em 0.5em"}])
     if not index:
         styler = styler.hide(axis="index")
-    return styler if caption is None else styler.set_caption(caption)
+    # The span lets the pages keep the caption in view where the table is wider than the column.
+    return styler if caption is None else styler.set_caption(f"<span>{html.escape(caption, quote=False)}</span>")
