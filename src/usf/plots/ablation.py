@@ -244,9 +244,11 @@ def conditions(table: pd.DataFrame, level: str = "image") -> Figure:
             axis.set_title(f"{paper.DETECTORS[detector]}, {name_of(*key)}", fontsize=9.5)
             axis.set_xticks(range(len(order)), [LABELS[name] for name in order], fontsize=8)
             axis.tick_params(axis="x", labelbottom=True)
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(axis="y")
     for row in axes:
         row[0].set_ylabel(f"{level} AUROC, %")
+    figure.align_ylabels(axes[:, 0])
     handles = [
         Line2D(
             [], [], color=color(variant), marker="s", ms=4, markerfacecolor=_face(variant),
