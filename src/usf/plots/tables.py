@@ -43,6 +43,9 @@ def show(table: pd.DataFrame, *, precision: int = 3, caption: str | None = None,
         precision: digits after the decimal point.
         caption: one sentence on what the rows are, plain text.
         index: whether the row labels say something.
+
+    >>> "<span>n &lt; 3</span>" in show(pd.DataFrame({"n": [1, 2]}), caption="n < 3").to_html()
+    True
     """
     # The class makes the theme treat it like any data frame, in the dark too; pandas leaves it out of styled tables.
     styler = table.style.format(precision=precision, na_rep="–").set_table_attributes('class="dataframe"')
